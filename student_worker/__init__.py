@@ -1,0 +1,19 @@
+"""The student's side of Preceptor: `from student_worker import TeacherClient, Unix`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from student_worker.client import Answer, TeacherClient
+    from student_worker.unix import Distilled, Unix
+
+__all__ = ["Answer", "Distilled", "TeacherClient", "Unix"]
+
+_HOMES = {"Answer": "client", "TeacherClient": "client", "Distilled": "unix", "Unix": "unix"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the command line must answer --help before torch has loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

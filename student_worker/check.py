@@ -1,0 +1,74 @@
+"""Does the teacher understand the data? Asked before a run, on labelled samples as they are."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from student_worker.client import TeacherClient
+from student_worker.data import Dataset, epoch_order
+from student_worker.errors import TeacherMisunderstands
+from student_worker.understanding import Understanding
+
+Pixels = NDArray[np.uint8]
+
+_VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
+    "with its channels in reverse order": lambda x: x[:, ::-1],
+    "with height and width swapped": lambda x: x.swapaxes(2, 3),
+    "with dark and bright swapped": lambda x: 255 - x,
+}
+
+
+def check(teacher: TeacherClient, data: Dataset, samples: int) -> str:
+    """Asks about `samples` training samples; returns a sentence with the teacher's top-1.
+
+    Raises TeacherMisunderstands where the teacher's classes have other names or its answers do not fit the labels;
+    it then asks about variants of the same samples, and the error names one that fits better.
+    """
+    description = teacher.describe()
+    output = description.outputs[0]
+    names = tuple(output.class_names)
+    if names and names != data.class_names:
+        raise TeacherMisunderstands(
+            f"class order: the teacher's classes are {list(names)}, those of {data.name} are {list(data.class_names)}"
+        )
+    items = epoch_order(len(data.train_x), seed=0, epoch=0)[:samples]
+    x, y = data.train_x[items], data.train_y[items]
+    predicted = _predicted(teacher, x)
+    top1 = float((predicted == y).mean())
+    understanding = Understanding(
+        data.classes,
+        declared=output.top1,
+        class_names=names or data.class_names,
+        promise=0.9,  # nothing was selected here, neither mixed nor augmented
+        enough=len(y),
+        limit=len(y),
+    )
+    understanding.observe(torch.from_numpy(predicted), torch.from_numpy(y))
+    try:
+        understanding.verify()
+    except TeacherMisunderstands as error:
+        raise TeacherMisunderstands(f"{error}{_better_variant(teacher, x, y, top1)}") from None
+    declared = f"; it declares {output.top1:.1%}" if output.top1 else ""
+    return (
+        f"teacher {description.name} ({description.fingerprint}) understands {data.name}: top-1 {top1:.1%} "
+        f"on {len(y)} labelled samples (chance {1 / data.classes:.1%}{declared})"
+    )
+
+
+def _predicted(teacher: TeacherClient, x: Pixels) -> NDArray[np.int64]:
+    logits = teacher.label(np.ascontiguousarray(x)).logits
+    top = logits.argmax(1) if isinstance(logits, torch.Tensor) else logits.indices[:, 0]
+    return top.numpy()
+
+
+def _better_variant(teacher: TeacherClient, x: Pixels, y: NDArray[np.int64], top1: float) -> str:
+    """What would explain it, if another reading of the same pixels does far better."""
+    found = []
+    for what, variant in _VARIANTS.items():
+        changed = variant(x)
+        if changed.shape == x.shape and not np.array_equal(changed, x):
+            found.append((float((_predicted(teacher, changed) == y).mean()), what))
+    best, what = max(found, default=(0.0, ""))
+    return f". Likely culprit: {what} the same samples give {best:.1%}" if best > top1 + 0.2 else ""

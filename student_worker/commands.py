@@ -1,0 +1,85 @@
+"""What the command line does with its settings: opens what a run needs, reports, closes."""
+
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from student_worker.check import check
+from student_worker.checkpoint import save_checkpoint
+from student_worker.client import TeacherClient
+from student_worker.config import CheckSettings, CompareSettings, TeacherConfig, TrainSettings
+from student_worker.data import Dataset, load
+from student_worker.train import Progress, train
+from student_worker.unix import Distilled
+
+
+def train_command(settings: TrainSettings) -> None:
+    progress = _run(settings)
+    print(  # noqa: T201
+        f"{settings.method}: test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
+        f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
+    )
+
+
+def check_command(settings: CheckSettings) -> None:
+    data = load(settings.dataset, settings.data_directory)
+    with _client(settings, settings.job) as teacher:
+        print(check(teacher, data, settings.samples))  # noqa: T201
+
+
+def compare_command(settings: CompareSettings) -> None:
+    from student_worker.compare import compare  # noqa: PLC0415 - needs the bench extra
+
+    with _client(settings, settings.job) as teacher:
+        description = teacher.describe()
+    print(compare(settings, _run, description))  # noqa: T201
+    print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
+
+
+def _client(settings: TeacherConfig, job: str) -> TeacherClient:
+    return TeacherClient(
+        settings.teacher_address,
+        job=job,
+        token=settings.token(),
+        teacher=settings.teacher_name,
+        timeout=settings.teacher_timeout,
+    )
+
+
+def _run(settings: TrainSettings) -> Progress:
+    """One training run with its checkpoints, its event files and a progress bar on standard error."""
+    with ExitStack() as stack:
+        teacher = None
+        if not settings.method.startswith("hard"):
+            teacher = stack.enter_context(_client(settings, settings.job))
+            teacher.describe()  # an unreachable teacher is told before anything is loaded
+        # disable=None: a bar on a terminal, a line an epoch in a log.
+        bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
+        events = SummaryWriter(settings.output)
+        stack.callback(events.close)
+
+        def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
+            bar.total = steps
+            bar.update()
+            events.add_scalar("train/loss", loss, step)
+            events.add_scalar("unix/share", b.share.mean().item(), step)
+
+        def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
+            bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
+            if bar.disable:
+                print(  # noqa: T201
+                    f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
+                    f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
+            events.add_scalar("teacher/asked", progress.asked, progress.steps)
+            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
+            save_checkpoint(settings.output, progress.epoch, student, data, record)
+
+        return train(settings, teacher, on_step=on_step, on_epoch=on_epoch)

@@ -1,0 +1,221 @@
+"""Several methods, the same steps, the same seeds: what does each answer of the teacher buy?"""
+
+import json
+import platform
+import statistics
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from prometheus_client.parser import text_string_to_metric_families
+from scipy import stats
+
+from protos import teacher_pb2 as pb
+from student_worker.config import CompareSettings, Method, TrainSettings
+from student_worker.cost import computation
+from student_worker.data import load
+from student_worker.models import build, flops_per_sample
+from student_worker.train import Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    method: Method
+    seed: int
+    accuracy: float
+    steps: int
+    asked: int
+    """Samples that the teacher was asked about, as its server counted them; `computed` likewise."""
+    computed: int
+    scored: int
+    learnt: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method over all seeds. Intervals are 95 %, Student's t; None with a single seed."""
+
+    method: Method
+    seeds: int
+    accuracy: float
+    accuracy_interval: float | None
+    above_kd: float | None
+    """Mean difference of accuracy to KD's with the same seed."""
+    above_kd_interval: float | None
+    asked: float
+    computed: float
+    share_of_kd_beta1: float
+    """All computation, of teacher and student, over that of full KD; beta = forwards that a backward counts as."""
+    share_of_kd_beta2: float
+    seconds: float
+
+
+def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress], teacher: pb.TeacherDescription) -> str:
+    """Trains with each method and seed through `run`; writes report.json and plot.png; returns the table as text."""
+    runs = []
+    for seed in settings.seeds:
+        for method in settings.methods:
+            name = f"{method}-s{seed}"
+            trial = _trial(settings, method, seed, name)
+            before = _counted(settings.metrics_url, trial.job)
+            progress = run(trial)
+            after = _counted(settings.metrics_url, trial.job)
+            runs.append(
+                Run(
+                    method=method,
+                    seed=seed,
+                    accuracy=progress.accuracy,
+                    steps=progress.steps,
+                    asked=after[0] - before[0],
+                    computed=after[1] - before[1],
+                    scored=progress.scored,
+                    learnt=progress.learnt,
+                    seconds=progress.seconds,
+                )
+            )
+    student_flops = _student_flops(settings)
+    summaries = [
+        _summary(method, runs, teacher.flops_per_sample, student_flops, settings) for method in settings.methods
+    ]
+    report = {
+        "settings": settings.model_dump(mode="json"),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "teacher": {
+            "name": teacher.name,
+            "fingerprint": teacher.fingerprint,
+            "flops_per_sample": teacher.flops_per_sample,
+            "top1": teacher.outputs[0].top1,
+        },
+        "student": {"name": settings.student, "flops_per_sample": student_flops},
+        "summary": [asdict(summary) for summary in summaries],
+        "runs": [asdict(each) for each in runs],
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _plot(summaries, teacher.outputs[0].top1, settings.output / "plot.png")
+    return table(summaries)
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    head = ("method", "accuracy %", "vs KD", "asked", "computed", "of KD's computation, beta 1 | 2", "seconds")
+    rows = [head, *map(_row, summaries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _row(s: Summary) -> tuple[str, ...]:
+    return (
+        s.method,
+        _points(s.accuracy, s.accuracy_interval),
+        "" if s.above_kd is None or s.method == "kd" else _points(s.above_kd, s.above_kd_interval, sign="+"),
+        f"{s.asked:,.0f}",
+        f"{s.computed:,.0f}",
+        f"{s.share_of_kd_beta1:.1%} | {s.share_of_kd_beta2:.1%}",
+        f"{s.seconds:.0f}",
+    )
+
+
+def _points(value: float, interval: float | None, sign: str = "") -> str:
+    return f"{100 * value:{sign}.2f}" + ("" if interval is None else f" ± {100 * interval:.2f}")
+
+
+def _trial(settings: CompareSettings, method: Method, seed: int, name: str) -> TrainSettings:
+    fields: dict[str, Any] = {key: getattr(settings, key) for key in TrainSettings.model_fields}
+    return TrainSettings(
+        **fields
+        | {
+            "config": None,
+            "method": method,
+            "seed": seed,
+            "job": f"{settings.job}-{name}",
+            "output": settings.output / name,
+        }
+    )
+
+
+def _counted(metrics_url: str, job: str) -> tuple[int, int]:
+    """(asked, computed) samples of a job so far, over all tenants, from the server's own /metrics."""
+    with urllib.request.urlopen(metrics_url, timeout=10) as reply:  # noqa: S310 - the operator's own address
+        families = text_string_to_metric_families(reply.read().decode())
+    asked = computed = 0.0
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.labels.get("job") == job:
+            if sample.name == "preceptor_asked_samples_total":
+                asked += sample.value
+            elif sample.name == "preceptor_samples_total" and sample.labels["source"] == "computed":
+                computed += sample.value
+    return int(asked), int(computed)
+
+
+def _student_flops(settings: CompareSettings) -> int:
+    data = load(settings.dataset, settings.data_directory)
+    channels, size, _ = data.shape
+    student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
+    return flops_per_sample(student, data.shape)
+
+
+def _summary(
+    method: Method, runs: Sequence[Run], teacher_flops: float, student_flops: float, settings: CompareSettings
+) -> Summary:
+    ours = [each for each in runs if each.method == method]
+    kd = {each.seed: each.accuracy for each in runs if each.method == "kd"}
+    differences = [each.accuracy - kd[each.seed] for each in ours if each.seed in kd]
+    whole = settings.epochs * len(load(settings.dataset, settings.data_directory).train_x)
+
+    def share(backward: float) -> float:
+        full = computation(
+            asked=whole, scored=0, learnt=whole,
+            teacher_flops=teacher_flops, student_flops=student_flops, backward=backward,
+        )  # fmt: skip
+        return statistics.mean(
+            computation(
+                asked=each.computed, scored=each.scored, learnt=each.learnt,
+                teacher_flops=teacher_flops, student_flops=student_flops, backward=backward,
+            ) / full
+            for each in ours
+        )  # fmt: skip
+
+    return Summary(
+        method=method,
+        seeds=len(ours),
+        accuracy=statistics.mean(each.accuracy for each in ours),
+        accuracy_interval=_interval([each.accuracy for each in ours]),
+        above_kd=statistics.mean(differences) if differences else None,
+        above_kd_interval=_interval(differences),
+        asked=statistics.mean(each.asked for each in ours),
+        computed=statistics.mean(each.computed for each in ours),
+        share_of_kd_beta1=share(1.0),
+        share_of_kd_beta2=share(2.0),
+        seconds=statistics.mean(each.seconds for each in ours),
+    )
+
+
+def _interval(values: Sequence[float]) -> float | None:
+    """Half the width of the mean's 95 % confidence interval, by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def _plot(summaries: Sequence[Summary], teacher_top1: float, path: Path) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if teacher_top1:
+        axes.axhline(100 * teacher_top1, color="0.6", linestyle="--", linewidth=1)
+        axes.annotate("teacher", (0, 100 * teacher_top1), xytext=(0, 4), textcoords="offset points", color="0.4")
+    for s in summaries:
+        error = None if s.accuracy_interval is None else 100 * s.accuracy_interval
+        axes.errorbar(s.computed, 100 * s.accuracy, yerr=error, fmt="o", capsize=3)
+        axes.annotate(s.method, (s.computed, 100 * s.accuracy), xytext=(7, -3), textcoords="offset points")
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("samples that the teacher computed")
+    axes.set_ylabel("student's test accuracy, last epoch (%)")
+    figure.savefig(path, dpi=150)

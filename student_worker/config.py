@@ -1,0 +1,128 @@
+"""The student's knobs, one model per component. Only `__main__` reads the environment and the command line."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from protos.settings import Settings
+
+Method = Literal["hard", "hard+mixup", "kd", "kd+mixup", "unix"]
+METHODS: tuple[Method, ...] = ("hard", "hard+mixup", "kd", "kd+mixup", "unix")
+
+
+class DataConfig(BaseModel, use_attribute_docstrings=True):
+    """What is learnt from."""
+
+    dataset: Literal["digits", "mnist5k", "fashion-mnist"] = "mnist5k"
+    """Data set; see student_worker/data.py for where each comes from."""
+    data_directory: Path | None = None
+    """Folder with the data set's own files, for those that have files."""
+    labelled: int = Field(default=0, ge=0)
+    """How many training items have a label, evenly over the classes; 0 = all. The others only a teacher can use."""
+    crop: int = Field(default=0, ge=0)
+    """Views: pixels of zero padding of which a window is cut at random."""
+    flip: bool = False
+    """Views: mirror left and right, every other one."""
+    erase: int = Field(default=0, ge=0)
+    """Views: a rectangle of up to so many pixels a side is filled with 0."""
+    views: int = Field(default=0, ge=0)
+    """Views of each item, shown in turn; 0 = a fresh one each epoch. Students with the same views share answers."""
+    view_seed: int = 0
+    """Seed of the views and of the choice of labelled items; apart from --seed, so that students can share views."""
+
+
+class TeacherConfig(BaseModel, use_attribute_docstrings=True):
+    """Whom to ask."""
+
+    teacher_address: str = "127.0.0.1:8001"
+    """host:port of the teacher's gRPC port; several, joined by commas, take over from one another."""
+    teacher_name: str = ""
+    """Which of the teachers served there; empty = the only one."""
+    token_file: Path | None = None
+    """File that holds this student's token; never the token itself, which a process list would show."""
+    teacher_timeout: float = Field(default=60.0, gt=0)
+    """Seconds that a query may take, retries included."""
+
+    def token(self) -> str | None:
+        return self.token_file.read_text().strip() if self.token_file else None
+
+
+class UnixConfig(BaseModel, use_attribute_docstrings=True):
+    """The published algorithm's numbers (UNIX, arXiv 2012.09413); the defaults are the authors' script."""
+
+    keep: float = Field(default=0.75, gt=0, le=1)
+    """Share of a batch that is kept, asked about and learnt from."""
+    clean: float = Field(default=0.5, ge=0, le=1)
+    """Rank, as a share of the batch, at which the mixing coefficient crosses 1/2."""
+    sharpness: float = Field(default=10.0, ge=0)
+    """How steeply it crosses."""
+    strategy: Literal["random", "confidence", "margin", "entropy"] = "entropy"
+    """What counts as uncertain."""
+    mixing: Literal["adaptive", "uniform", "none"] = "adaptive"
+    """How kept samples are mixed."""
+    score_mode: Literal["train", "eval"] = "train"
+    """Mode of the student while it scores; in train, the authors' choice, batch-norm statistics move twice a step."""
+    depth: int = Field(default=1, ge=0)
+    """Queries in flight while the student learns; above 0 the selection is that many steps old."""
+
+
+class TrainConfig(BaseModel, use_attribute_docstrings=True):
+    """How the student is trained."""
+
+    method: Method = "unix"
+    """hard: labels alone. kd: all samples are asked about, unmixed. +mixup: one share for all. unix: the paper's."""
+    student: str = "cnn-small"
+    """A name of student_worker/models.py, or your own package.module:factory."""
+    student_arguments: dict[str, Any] = {}
+    """Keyword arguments for the student's factory, as JSON."""
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=64, ge=2)
+    learning_rate: float = Field(default=0.05, gt=0)
+    """Peak of the one-cycle schedule (SGD, Nesterov momentum 0.9)."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    temperature: float = Field(default=4.0, gt=0)
+    """Of the distillation loss."""
+    label_weight: float = Field(default=0.0, ge=0)
+    """Weight of the hard labels' cross-entropy beside the distillation loss."""
+    seed: int = 0
+    """Of the student's weights, data order and mixing."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where it is there."""
+
+
+class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings, env_prefix="STUDENT_"):
+    """Train a student, from labels or from a teacher.
+
+    Every option is also an environment variable (STUDENT_EPOCHS) and a key of the TOML file given by --config; the
+    command line wins over the environment, the environment over the file.
+    """
+
+    job: str = "train"
+    """Name of this run at the teacher: its spend is booked under it."""
+    output: Path = Path("runs/train")
+    """Folder for checkpoints, metrics and TensorBoard's event files."""
+
+
+class CheckSettings(DataConfig, TeacherConfig, Settings, env_prefix="STUDENT_"):
+    """Ask a teacher about labelled clean samples, and say whether it understands the data."""
+
+    samples: int = Field(default=256, ge=32)
+    """How many labelled samples to ask about."""
+    job: str = "check"
+    """Name of this run at the teacher: its spend is booked under it."""
+
+
+class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings, env_prefix="STUDENT_"):
+    """Train with several methods at equal steps, and compare accuracy and teacher compute."""
+
+    methods: tuple[Method, ...] = METHODS
+    """Those to compare, as JSON or repeated."""
+    seeds: tuple[int, ...] = (0,)
+    """Each method is trained once with each; methods are paired by seed."""
+    metrics_url: str = "http://127.0.0.1:8000/metrics"
+    """The teacher's own counters, from which asked and computed samples are read."""
+    output: Path = Path("runs/compare")
+    """Folder for report.json, plot.png and a folder for each run."""
+    job: str = "compare"
+    """Prefix of the runs' names at the teacher."""

@@ -1,0 +1,123 @@
+"""The contract over gRPC (asyncio), with health and reflection."""
+
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from protos import teacher_pb2 as pb
+from protos import teacher_pb2_grpc
+from teacher_server.auth import Authenticator, Caller
+from teacher_server.config import NetworkConfig
+from teacher_server.errors import TeacherServerError
+from teacher_server.metrics import Metrics
+from teacher_server.service import Service
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
+_Reply = TypeVar("_Reply")
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GrpcApp:
+    """`async with` binds the port; leaving refuses new calls and lets those under way finish for `drain_seconds`."""
+
+    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics, config: NetworkConfig) -> None:
+        self._config = config
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=config.max_concurrent_calls,
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not a share of its traffic
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        teacher_pb2_grpc.add_TeacherServicer_to_server(_Servicer(service, authenticator, metrics), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.port = 0
+
+    async def __aenter__(self) -> "GrpcApp":
+        await self.set_serving(False)
+        self.port = self._server.add_insecure_port(f"{self._config.host}:{self._config.grpc_port}")
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.set_serving(False)
+        await self._server.stop(self._config.drain_seconds)
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+
+class _Servicer(teacher_pb2_grpc.TeacherServicer):
+    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:
+        self._service, self._authenticator, self._metrics = service, authenticator, metrics
+
+    async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeResponse:
+        async def call(_: Caller) -> pb.DescribeResponse:
+            return self._service.describe(request)
+
+        return await self._answered("Describe", call, context)
+
+    async def Label(self, request: pb.LabelRequest, context: _Context) -> pb.LabelResponse:
+        async def call(caller: Caller) -> pb.LabelResponse:
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else monotonic() + remaining
+            return await self._service.label(request, caller, deadline)
+
+        return await self._answered("Label", call, context)
+
+    async def Lookup(self, request: pb.LookupRequest, context: _Context) -> pb.LookupResponse:
+        async def call(_: Caller) -> pb.LookupResponse:
+            return self._service.lookup(request)
+
+        return await self._answered("Lookup", call, context)
+
+    async def Spend(self, request: pb.SpendRequest, context: _Context) -> pb.SpendResponse:
+        async def call(_: Caller) -> pb.SpendResponse:
+            return self._service.spend(request)
+
+        return await self._answered("Spend", call, context)
+
+    async def _answered(self, name: str, call: Callable[[Caller], Awaitable[_Reply]], context: _Context) -> _Reply:
+        """Runs `call` for the authenticated caller, counts its outcome and turns our errors into gRPC's."""
+        code = code_pb2.CANCELLED  # what stands when the client goes away: CancelledError passes through
+        try:
+            metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+            reply = await call(self._authenticator.caller(metadata))
+            code = code_pb2.OK
+        except TeacherServerError as error:
+            code = error.code
+            await context.abort_with_status(rpc_status.to_status(_status(error)))
+            raise
+        except Exception:
+            code = code_pb2.INTERNAL
+            raise
+        else:
+            return reply
+        finally:
+            self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
+
+
+def _status(error: TeacherServerError) -> status_pb2.Status:
+    """google.rpc.Status with an ErrorInfo (the reason) and, where there is a hint when to retry, a RetryInfo."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="preceptor")]
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=error.code, message=str(error))
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status

@@ -1,0 +1,73 @@
+"""The HTTP side: probes, metrics, the teacher's description, OpenAPI docs."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Response
+from google.protobuf import json_format
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from protos import teacher_pb2 as pb
+from teacher_server.config import NetworkConfig
+from teacher_server.metrics import Metrics
+from teacher_server.service import Service
+
+
+def http_app(service: Service, metrics: Metrics) -> FastAPI:
+    app = FastAPI(title="Preceptor teacher", description="A shared teacher for knowledge distillation.")
+
+    @app.get("/livez", summary="The process runs", response_class=Response)
+    async def livez() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get(
+        "/readyz", summary="Queries are taken", response_class=Response, responses={503: {"description": "why not"}}
+    )
+    async def readyz() -> Response:
+        if service.not_ready:
+            return Response(f"{service.not_ready}\n", status_code=503, media_type="text/plain")
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/teacher", summary="The teachers served, as the Describe call gives them")
+    async def teacher() -> dict[str, Any]:
+        return json_format.MessageToDict(service.describe(pb.DescribeRequest()))
+
+    return app
+
+
+class HttpApp:
+    """`async with` binds the port and serves until left."""
+
+    def __init__(self, service: Service, metrics: Metrics, config: NetworkConfig) -> None:
+        self._server = _Uvicorn(
+            uvicorn.Config(http_app(service, metrics), log_config=None, access_log=False, lifespan="off")
+        )
+        self._address = (config.host, config.http_port)
+        self.port = 0
+
+    async def __aenter__(self) -> "HttpApp":
+        self._socket = socket.create_server(self._address)
+        self.port = self._socket.getsockname()[1]
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        await self._task
+        self._socket.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn inside a loop that is ours: signals stay with whoever runs the process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,111 @@
+"""One process that serves a teacher: loads it, opens both ports, drains when told to stop."""
+
+import asyncio
+import ipaddress
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from protos import teacher_pb2 as pb
+from teacher_server.auth import Authenticator
+from teacher_server.batcher import Batcher
+from teacher_server.config import ServeSettings
+from teacher_server.engine import Engine
+from teacher_server.grpc_app import GrpcApp
+from teacher_server.http_app import HttpApp
+from teacher_server.metrics import Metrics
+from teacher_server.model import load
+from teacher_server.service import Served, Service
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    description: pb.TeacherDescription
+    grpc_address: str
+    http_address: str
+    device_lost: asyncio.Event
+
+
+@asynccontextmanager
+async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer]:
+    """Ready to answer once entered. Leaving drains: not ready, refuse, finish what is queued, close.
+
+    Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
+    that does not load, OSError for a port that is taken.
+    """
+    if settings.tokens_file is None and not _is_loopback(settings.host):
+        raise ValueError(
+            f"host: {settings.host} can be reached from outside and there are no tokens; "
+            "give --tokens-file, or bind 127.0.0.1"
+        )
+    authenticator = Authenticator.from_file(settings.tokens_file)
+    metrics = Metrics()
+    service = Service(metrics)
+    device_lost = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def lose_device() -> None:
+        service.drain("the device is lost")
+        loop.call_soon_threadsafe(device_lost.set)
+
+    async with HttpApp(service, metrics, settings) as http:
+        teacher = await asyncio.to_thread(load, settings, settings)
+        teacher.description.limits.CopyFrom(
+            pb.Limits(
+                max_message_bytes=settings.max_message_bytes,
+                max_samples_per_query=settings.max_samples_per_query,
+                max_batch_size=settings.max_batch_size,
+            )
+        )
+        engine = Engine(teacher.module, teacher.description, settings, settings.max_batch_size)
+        await asyncio.to_thread(engine.warm_up)
+        with Batcher(
+            settings,
+            engine.forward,
+            on_batch=metrics.batch,
+            on_device_lost=lose_device,
+            busy_clock=lambda: engine.busy_nanoseconds,
+            patience=settings.drain_seconds,
+        ) as batcher:
+            async with GrpcApp(service, authenticator, metrics, settings) as grpc:
+                service.serve(Served(teacher.description, batcher))
+                await grpc.set_serving(True)
+                try:
+                    yield RunningServer(
+                        teacher.description,
+                        f"{settings.host}:{grpc.port}",
+                        f"{settings.host}:{http.port}",
+                        device_lost,
+                    )
+                finally:
+                    service.drain("draining")
+                    batcher.drain()
+
+
+async def serve(settings: ServeSettings) -> int:
+    """Serves until SIGTERM or SIGINT (status 0), or until the device is lost (status 1)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with teacher_server(settings) as server:
+        print(  # noqa: T201 - the one line that says where the ports are, for people and scripts
+            f"teacher-server: ready, grpc {server.grpc_address}, http {server.http_address}, "
+            f"teacher {server.description.name} ({server.description.fingerprint}), "
+            f"{server.description.flops_per_sample / 1e6:.1f} MFLOPs a sample",
+            flush=True,
+        )
+        ends = [asyncio.create_task(event.wait()) for event in (stop, server.device_lost)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        lost = server.device_lost.is_set()
+    return 1 if lost else 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: it may resolve to anything
+        return False

@@ -1,0 +1,27 @@
+"""Shared by all tests: --fail-on-skip, and a teacher server to talk to."""
+
+import pytest
+import torch
+
+from tests.serving import arguments, serving
+
+torch.set_num_threads(1)  # threads of several networks on two cores wait for one another longer than they compute
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails, unless it is marked gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and "gpu" not in item.keywords and item.config.getoption("--fail-on-skip"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running server that serves `tests.teachers:tiny`, shared by all tests: they name jobs of their own."""
+    with serving(**arguments(tmp_path_factory.mktemp("server"))) as running:
+        yield running

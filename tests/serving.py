@@ -1,0 +1,154 @@
+"""Real servers for the tests: in a thread of this process, or in a process of their own."""
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from teacher_server.config import ServeSettings
+from teacher_server.server import RunningServer, teacher_server
+from tests.teachers import TINY, save, tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for a condition that another thread or process brings about; a minute, then TimeoutError."""
+    end = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("the condition did not come true")
+        time.sleep(0.01)
+
+
+class Gate:
+    """Holds a `gated` teacher's forward passes while it is shut."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Semaphore(0)
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        while self.reached.acquire(blocking=False):
+            pass
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
+
+
+GATE = Gate()
+
+
+class Gated(nn.Module):
+    """Answers as `tiny` does, once the gate is open; keeps the size of every batch."""
+
+    batches: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        GATE.reached.release()
+        if not GATE.open.wait(60):
+            raise TimeoutError("the gate stayed shut")
+        return self.net(x)
+
+
+def gated() -> nn.Module:
+    return Gated()
+
+
+class Doomed(nn.Module):
+    """Its device is lost at the first batch of 13."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 13:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return self.net(x)
+
+
+def doomed() -> nn.Module:
+    return Doomed()
+
+
+FACTORIES = {
+    "tiny": ("tests.teachers:tiny", tiny),
+    "gated": ("tests.serving:gated", gated),
+    "doomed": ("tests.serving:doomed", doomed),
+}
+
+
+def arguments(folder: Path, teacher: str = "tiny") -> dict[str, object]:
+    """The settings that serve one of FACTORIES on free ports."""
+    model, factory = FACTORIES[teacher]
+    weights = save(factory(), folder / f"{teacher}.safetensors", TINY)
+    return {"model": model, "weights": weights, "grpc_port": 0, "http_port": 0, "threads": 1}
+
+
+@contextmanager
+def serving(**settings: object) -> Iterator[RunningServer]:
+    """A server in a thread of this process; leaving it drains."""
+    ready: Future[tuple[RunningServer, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        async with teacher_server(ServeSettings(**settings)) as server:
+            ready.set_result((server, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    try:
+        server, loop, stop = ready.result(60)
+        try:
+            yield server
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+    finally:
+        thread.join(60)
+
+
+@contextmanager
+def process(**settings: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """`teacher-server serve` in a process of its own: (process, gRPC address, HTTP address). Killed when left."""
+    flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "teacher_server", "serve", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stdout.readline()
+            ready = re.search(r"grpc (\S+), http (\S+),", line)
+            if not ready:
+                raise RuntimeError(line + server.stderr.read())
+            yield server, ready[1], ready[2]
+        finally:
+            if server.poll() is None:
+                server.send_signal(signal.SIGKILL)

@@ -1,0 +1,306 @@
+"""TeacherClient against real servers: what it sends, what it refuses, when it retries, and its own exceptions."""
+
+import itertools
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from protos import teacher_pb2 as pb
+from protos import teacher_pb2_grpc
+from student_worker import TeacherClient
+from student_worker.errors import (
+    FingerprintChanged,
+    InvalidQuery,
+    NotAllowed,
+    NotServed,
+    TeacherError,
+    TeacherFailed,
+    TeacherUnavailable,
+    UnknownTeacher,
+)
+from student_worker.losses import TopK, distillation_loss
+from tests.serving import GATE, Gated, arguments, serving, until
+from tests.teachers import TINY, save, save_pair, save_picky, tiny
+from tests.test_server import direct, metric, pixels
+
+JOBS = itertools.count()
+
+
+@pytest.fixture
+def job():
+    return f"client-{next(JOBS)}"
+
+
+@pytest.fixture
+def client(server, job):
+    with TeacherClient(server.grpc_address, job=job) as client:
+        yield client
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray, lambda x: {"x": torch.from_numpy(x)}])
+def test_tensors_arrays_and_mappings_get_the_direct_answers(client, kind):
+    x = pixels(10)
+    answer = client.label(kind(x))
+    np.testing.assert_allclose(answer.logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
+    assert answer.logits.dtype == torch.float32
+    assert answer.sources == ("computed",) * 10
+    assert answer.fingerprint == answer.description.fingerprint == client.describe().fingerprint
+    assert answer.cost.samples == 10
+
+
+def test_top_k_answers_bound_the_dense_loss(server, client):
+    x = pixels(16)
+    student = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
+    dense = distillation_loss(student, client.label(x).logits, 4.0)
+    losses = []
+    for k in (3, 10):
+        with TeacherClient(server.grpc_address, encoding="top_k", k=k, temperature=4.0) as top:
+            answer = top.label(x)
+            assert isinstance(answer.logits, TopK)
+            losses.append(distillation_loss(student, answer.logits, 4.0))
+    assert losses[0] < dense
+    torch.testing.assert_close(losses[1], dense)
+    with TeacherClient(server.grpc_address, encoding="float16") as half:
+        torch.testing.assert_close(half.label(x).logits, client.label(x).logits, rtol=1e-3, atol=1e-2)
+
+
+def test_what_is_larger_than_a_message_is_split_and_put_together_again(tmp_path):
+    settings = arguments(tmp_path) | {"max_message_bytes": 2**17}  # room for about 340 samples
+    with serving(**settings) as server, TeacherClient(server.grpc_address, job="split", window=3) as client:
+        x = pixels(1500)
+        answer = client.label(x)
+        np.testing.assert_allclose(answer.logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
+        assert len(answer.sources) == answer.cost.samples == 1500
+        assert metric(server, "preceptor_requests_total", call="Label", code="OK") == 5
+        assert metric(server, "preceptor_asked_samples_total", job="split") == 1500
+    with serving(**settings | {"max_message_bytes": 2**16}) as server, TeacherClient(server.grpc_address) as client:
+        with pytest.raises(InvalidQuery, match="raise its --max-message-bytes"):
+            client.label(pixels(1))
+
+
+def test_a_window_of_queries_is_in_flight_and_submit_waits_for_room(tmp_path):
+    with serving(**arguments(tmp_path, "gated"), max_batch_size=2) as server:
+        with TeacherClient(server.grpc_address, job="window", window=3) as client, ThreadPoolExecutor(1) as other:
+            GATE.open.clear()
+            futures = [client.submit(pixels(2, seed=i)) for i in range(3)]
+            fourth = other.submit(client.submit, pixels(2, seed=3))
+            until(lambda: metric(server, "preceptor_asked_samples_total", job="window") >= 6)
+            assert not fourth.done()
+            GATE.open.set()
+            for i, future in enumerate([*futures, fourth.result(30)]):
+                np.testing.assert_allclose(
+                    future.result(30).logits.numpy(), direct(pixels(2, seed=i)), rtol=1e-4, atol=1e-4
+                )
+
+
+def test_a_closed_client_says_so_and_lets_nobody_wait(tmp_path):
+    with serving(**arguments(tmp_path, "gated")) as server:
+        client = TeacherClient(server.grpc_address)
+        client.describe()
+        GATE.open.clear()
+        future = client.submit(pixels(1))
+        assert GATE.reached.acquire(timeout=30)
+        client.close()
+        GATE.open.set()
+        with pytest.raises(TeacherUnavailable):
+            future.result(10)
+        with pytest.raises(TeacherUnavailable, match="closed"):
+            client.label(pixels(1))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher-client")]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (pixels(0), "holds no sample"),
+        (pixels(2)[:, :2], r"samples of \[2, 8, 8\]"),
+        (pixels(2).astype(np.float64), "float64 has no place"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16), r"use \.float\(\)"),
+        (pixels(2).astype(np.float32), "normalised exactly once"),  # raw pixels as floats
+        (np.full((2, 3, 8, 8), np.nan, np.float32), "NaN or infinite"),
+        ({"image": pixels(2)}, r"got \['image'\]"),
+        ({"x": pixels(2), "y": pixels(3)}, "differ"),
+        (torch.tensor(1.0), "holds no sample"),
+    ],
+)
+def test_samples_that_contradict_the_description_never_leave(client, server, job, x, words):
+    with pytest.raises(InvalidQuery, match=words):
+        client.label(x)
+    assert metric(server, "preceptor_asked_samples_total", job=job) == 0
+
+
+def test_a_teacher_of_several_inputs_wants_a_mapping(tmp_path):
+    with serving(model="tests.teachers:pair", weights=save_pair(tmp_path), grpc_port=0, http_port=0) as server:
+        with TeacherClient(server.grpc_address) as client:
+            with pytest.raises(InvalidQuery, match="give a mapping"):
+                client.label(np.zeros((2, 4), np.float32))
+            both = {"x": torch.zeros(2, 4), "tokens": torch.zeros(2, 5, dtype=torch.int64)}
+            assert client.label(both).logits.shape == (2, 3)
+
+
+def test_unknown_teachers_and_wrong_addresses_are_told(server):
+    with TeacherClient(server.grpc_address, teacher="other") as client:
+        with pytest.raises(UnknownTeacher, match="'other' is not served here"):
+            client.label(pixels(1))
+    with TeacherClient(f"127.0.0.1:{free_port()}", timeout=0.5) as client:
+        with pytest.raises(TeacherUnavailable, match=r"UNAVAILABLE: 127\.0\.0\.1:\d+.*gave up after 0.5 s"):
+            client.describe()
+    for wrong in ("", "a:1,,b:2"):
+        with pytest.raises(ValueError, match="names no server"):
+            TeacherClient(wrong)
+    with pytest.raises(ValueError, match="window"):
+        TeacherClient("a:1", window=0)
+
+
+def test_a_token_that_is_missing_is_not_retried(tmp_path):
+    (tmp_path / "tokens").write_text("")
+    with serving(**arguments(tmp_path), tokens_file=tmp_path / "tokens") as server:
+        for token in (None, "wrong"):
+            with TeacherClient(server.grpc_address, token=token) as client, pytest.raises(NotAllowed, match="token"):
+                client.describe()
+        assert metric(server, "preceptor_requests_total", call="Describe", code="UNAUTHENTICATED") == 2
+
+
+def test_a_teacher_that_fails_and_one_that_does_not_know_are_told_apart(tmp_path, server):
+    with serving(model="tests.teachers:picky", weights=save_picky(tmp_path), grpc_port=0, http_port=0) as broken:
+        with TeacherClient(broken.grpc_address) as client:
+            x = np.zeros((1, 3, 8, 8), np.float32)
+            x[0, 0, 0, 0] = 1.25
+            with pytest.raises(TeacherFailed, match="the magic value"):
+                client.label(x)
+    with TeacherClient(server.grpc_address) as client:
+        client._spec.name = "features.1"
+        with pytest.raises(NotServed, match=r"'features\.1' is not served"):
+            client.label(pixels(1))
+    assert issubclass(NotServed, TeacherError)
+
+
+# ---------------------------------------------------------------- retries, failover, fingerprints
+
+
+def test_a_full_queue_is_waited_for(tmp_path):
+    settings = arguments(tmp_path, "gated") | {"max_queue_size": 8, "max_batch_size": 8}
+    with serving(**settings) as server, TeacherClient(server.grpc_address, job="patient", window=6) as client:
+        client.describe()
+        GATE.open.clear()
+        futures = [client.submit(pixels(8, seed=i)) for i in range(6)]
+        until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
+        GATE.open.set()
+        for i, future in enumerate(futures):
+            np.testing.assert_allclose(
+                future.result(30).logits.numpy(), direct(pixels(8, seed=i)), rtol=1e-4, atol=1e-4
+            )
+        assert metric(server, "preceptor_samples_total", job="patient") == 48
+
+
+def test_the_next_address_takes_over(tmp_path):
+    settings = arguments(tmp_path)
+    with serving(**settings) as second:
+        with serving(**settings) as first:
+            client = TeacherClient(f"127.0.0.1:{free_port()},{first.grpc_address},{second.grpc_address}", job="moved")
+            x = pixels(3)
+            np.testing.assert_allclose(client.label(x).logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
+            assert metric(first, "preceptor_asked_samples_total", job="moved") == 3
+        with client:
+            np.testing.assert_allclose(client.label(x).logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
+            assert metric(second, "preceptor_asked_samples_total", job="moved") == 3
+
+
+def test_a_server_that_hangs_is_left_for_the_next(tmp_path, server):
+    with serving(**arguments(tmp_path, "gated")) as hung:
+        with TeacherClient([hung.grpc_address, server.grpc_address], job="hung", timeout=4) as client:
+            client.describe()
+            GATE.open.clear()
+            before = len(Gated.batches)
+            with pytest.raises(FingerprintChanged, match="begin a new run"):  # `gated` and `tiny` differ by name
+                client.label(pixels(2))
+            assert Gated.batches[before:] == [2]
+            GATE.open.set()
+
+
+def test_a_server_that_comes_back_is_found_again(tmp_path):
+    settings = arguments(tmp_path) | {"grpc_port": free_port()}
+    with serving(**settings) as server:
+        client = TeacherClient(server.grpc_address, timeout=30)
+        client.label(pixels(1))
+    with client, ThreadPoolExecutor(1) as other:
+        answer = other.submit(client.label, pixels(2))
+        time.sleep(0.2)  # at least one attempt meets a closed port
+        with serving(**settings):
+            assert len(answer.result(30).sources) == 2
+
+
+def test_a_run_stops_when_another_teacher_answers(tmp_path):
+    port = free_port()
+    with serving(**arguments(tmp_path) | {"grpc_port": port}) as server:
+        client = TeacherClient(server.grpc_address)
+        client.label(pixels(1))
+    other = tiny()
+    with torch.no_grad():
+        other[0].weight.mul_(1.01)
+    weights = save(other, tmp_path / "other.safetensors", TINY)
+    with serving(**arguments(tmp_path) | {"grpc_port": port, "weights": weights}), client:
+        with pytest.raises(FingerprintChanged, match="weights or preprocessing changed, so begin a new run"):
+            client.label(pixels(1))
+
+
+class Liar(teacher_pb2_grpc.TeacherServicer):
+    """A server whose replies contradict themselves."""
+
+    def __init__(self, description, reply):
+        self.description, self.reply = description, reply
+
+    def Describe(self, request, context):
+        return pb.DescribeResponse(teachers=[self.description])
+
+    def Label(self, request, context):
+        return self.reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "words"),
+    [
+        (pb.LabelResponse(fingerprint="f"), TeacherFailed, "cannot be read"),
+        (pb.LabelResponse(fingerprint="g"), FingerprintChanged, "answered by g"),
+        (
+            pb.LabelResponse(fingerprint="f", answers=[pb.Answers(shape=[2**40, 2**40], values=b"1234")]),
+            TeacherFailed,
+            "4 bytes, but shape",
+        ),
+        (
+            pb.LabelResponse(fingerprint="f", answers=[pb.Answers(shape=[1, 1], values=b"1234")]),
+            TeacherFailed,
+            "1 answers to 2 samples",
+        ),
+    ],
+)
+def test_a_reply_that_makes_no_sense_is_an_error_of_the_teacher(reply, error, words, server):
+    description = pb.TeacherDescription()
+    description.CopyFrom(server.description)
+    description.fingerprint = "f"
+    liar = grpc.server(ThreadPoolExecutor(2))
+    teacher_pb2_grpc.add_TeacherServicer_to_server(Liar(description, reply), liar)
+    port = liar.add_insecure_port("127.0.0.1:0")
+    liar.start()
+    try:
+        with TeacherClient(f"127.0.0.1:{port}") as client, pytest.raises(error, match=words):
+            client.label(pixels(2))
+    finally:
+        liar.stop(0).wait()

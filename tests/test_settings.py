@@ -1,0 +1,102 @@
+"""One definition is flag, environment variable and TOML key; whatever is unknown or out of range is an error."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protos.settings import run_command
+from student_worker.config import CompareSettings, TrainSettings
+
+COMMANDS = {
+    "train": (TrainSettings, lambda settings: sys.stdout.write(f"{settings.epochs} {settings.crop}\n") and 0),
+    "compare": (CompareSettings, lambda settings: sys.stdout.write(f"{settings.methods} {settings.seeds}\n") and 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("STUDENT_")]:
+        monkeypatch.delenv(name)
+
+
+def run(*arguments):
+    return run_command("student-worker", COMMANDS, list(arguments))
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text("epochs = 3\ncrop = 1\n")
+    assert run("train", "--config", str(config)) == 0
+    monkeypatch.setenv("STUDENT_EPOCHS", "4")
+    assert run("train", "--config", str(config)) == 0
+    assert run("train", "--config", str(config), "--epochs", "5") == 0
+    monkeypatch.setenv("STUDENT_CONFIG", str(config))
+    assert run("train") == 0
+    assert capsys.readouterr().out.splitlines() == ["3 1", "4 1", "5 1", "4 1"]
+
+
+@pytest.mark.parametrize("given", [["--methods", "hard,kd"], ["--methods", "hard", "--methods", "kd"]])
+def test_lists_are_given_with_commas_or_repeated(given, capsys):
+    assert run("compare", *given, "--seeds", "1,2") == 0
+    assert capsys.readouterr().out == "('hard', 'kd') (1, 2)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "file", "message"),
+    [
+        (["--epochs", "0"], {}, "", "epochs: Input should be greater than or equal to 1, got '0' (--epochs)"),
+        (["--method", "kld"], {}, "", "method: Input should be 'hard'"),
+        ([], {"STUDENT_EPOCH": "3"}, "", "unknown environment variable: STUDENT_EPOCH; did you mean STUDENT_EPOCHS?"),
+        ([], {"STUDENT_EPOCHS": "many"}, "", "epochs: Input should be a valid integer"),
+        ([], {}, "epoch = 3", "did you mean epochs?"),
+        ([], {}, "[unix]\nkeep = 1", "unknown key in"),
+        ([], {}, "epochs = ", "cannot be read"),
+        (["--config", "nowhere.toml"], {}, "", "no file at nowhere.toml"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_value(arguments, variables, file, message, tmp_path, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if file:
+        (tmp_path / "run.toml").write_text(file)
+        arguments = ["--config", str(tmp_path / "run.toml")]
+    assert run("train", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_an_error(capsys):
+    with pytest.raises(SystemExit) as left:
+        run("train", "--epoch-count", "3")
+    assert left.value.code == 2
+    assert "unrecognized arguments: --epoch-count" in capsys.readouterr().err
+
+
+def test_what_kubernetes_adds_to_the_environment_is_not_ours(monkeypatch, capsys):
+    monkeypatch.setenv("STUDENT_PORT", "tcp://10.0.0.1:8001")
+    monkeypatch.setenv("STUDENT_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("STUDENT_PORT_8001_TCP_ADDR", "10.0.0.1")
+    assert run("train", "--epochs", "2") == 0
+    assert capsys.readouterr().out == "2 0\n"
+
+
+def test_no_command_and_unknown_commands_list_what_there_is(capsys):
+    assert run() == 2
+    assert run("--help") == 0
+    assert "train    Train a student" in capsys.readouterr().out
+    assert run("trian") == 2
+    assert "unknown command 'trian'; one of train, compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["teacher_server", "student_worker"])
+def test_both_programs_answer_help(program):
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--help"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "commands:" in done.stdout
