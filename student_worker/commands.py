@@ -70,6 +70,10 @@ def _run(settings: TrainSettings) -> Progress:
 
         def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
             bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
+            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
+            events.add_scalar("teacher/asked", progress.asked, progress.steps)
+            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
+            save_checkpoint(settings.output, progress.epoch, student, data, record)
             if bar.disable:
                 print(  # noqa: T201
                     f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
@@ -77,9 +81,5 @@ def _run(settings: TrainSettings) -> Progress:
                     file=sys.stderr,
                     flush=True,
                 )
-            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
-            events.add_scalar("teacher/asked", progress.asked, progress.steps)
-            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
-            save_checkpoint(settings.output, progress.epoch, student, data, record)
 
         return train(settings, teacher, on_step=on_step, on_epoch=on_epoch)

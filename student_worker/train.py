@@ -58,9 +58,7 @@ def train(
     labels = data.train_y
     if settings.labelled:
         labels = labelled_subset(labels, settings.labelled, settings.view_seed)
-    device = torch.device(
-        settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = _device(settings.device)
     channels, size, _ = data.shape
     student = build(
         settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments
@@ -225,6 +223,18 @@ class HardLabels:
         if b.y is None or b.y_partner is None:
             raise ValueError("hard labels need labels: the loader must give (x, y, index)")
         return mixed_cross_entropy(student_logits, b.y, b.y_partner, b.share).mean()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: {name!r} is none; give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices; give cpu")
+    return device
 
 
 def _is_hard(method: Method) -> bool:

@@ -1,0 +1,246 @@
+"""From labels to a teacher, from the teacher to students: the loop, its checkpoints and its command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from student_worker import TeacherClient
+from student_worker.__main__ import main
+from student_worker.config import METHODS, TrainSettings
+from student_worker.data import UNLABELLED, labelled_subset, load
+from student_worker.models import build
+from student_worker.train import epoch_batches, train
+from tests.serving import ROOT, process, serving
+from tests.test_server import metric
+
+BUILD = {"name": "cnn-tiny", "channels": 1, "classes": 10, "size": 8}
+
+
+def settings(**changes):
+    return TrainSettings(**{"dataset": "digits", "student": "cnn-tiny", "epochs": 2, "depth": 0} | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A teacher's weights, from our own command line."""
+    output = tmp_path_factory.mktemp("teacher")
+    command = ["train", "--method", "hard", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", "6"]
+    assert main([*command, "--output", str(output)]) == 0
+    return output / "epoch-0006.safetensors"
+
+
+def serve(weights):
+    return {
+        "model": "student_worker.models:build",
+        "model_arguments": json.dumps(BUILD),
+        "weights": weights,
+        "grpc_port": 0,
+        "http_port": 0,
+        "threads": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def teacher(trained):
+    with serving(**serve(trained) | {"model_arguments": BUILD}) as server:
+        yield server
+
+
+def run(teacher, job="job", **changes):
+    with TeacherClient(teacher.grpc_address, job=job) as client:
+        return train(settings(**changes), client)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_a_checkpoint_is_a_teacher_that_says_what_it_takes(trained, teacher):
+    record = json.loads(trained.with_suffix(".json").read_text())
+    described = teacher.description
+    assert described.outputs[0].top1 == record["accuracy"] > 0.85
+    assert list(described.outputs[0].class_names) == [str(digit) for digit in range(10)]
+    assert list(described.inputs[0].shape) == [1, 8, 8]
+    assert record["settings"]["method"] == "hard"
+    assert record["steps"] == 6 * 23
+    with safe_open(trained, "pt") as file:
+        assert json.loads(file.metadata()["preceptor"])["inputs"][0]["normalisation"]["mean"]
+    data = load("digits")
+    student = build("cnn-tiny", channels=1, classes=10, size=8)
+    student.load_state_dict(load_file(trained))
+    with TeacherClient(teacher.grpc_address) as client:
+        answered = client.label(data.test_x).logits.argmax(1).numpy()
+    assert (answered == data.test_y).mean() == pytest.approx(record["accuracy"], abs=0.003)
+
+
+def test_every_method_takes_the_same_steps_and_the_server_counts_what_it_asked(teacher):
+    n, steps = len(load("digits").train_x), 2 * 23
+    asked = {"hard": 0, "hard+mixup": 0, "kd": 2 * n, "kd+mixup": 2 * n, "unix": 2 * (22 * 48 + round(0.75 * (n % 64)))}
+    for method in METHODS:
+        progress = run(teacher, job=f"method-{method}", method=method)
+        assert progress.steps == steps, method
+        assert progress.asked == metric(teacher, "preceptor_asked_samples_total", job=f"method-{method}"), method
+        assert progress.asked == asked[method], method
+        assert progress.scored == (2 * n if method == "unix" else 0), method
+        assert progress.accuracy > 0.15, method
+
+
+def test_a_seed_names_a_run_and_another_seed_another(teacher):
+    first, again, other = (run(teacher, method="unix", epochs=1, seed=seed) for seed in (1, 1, 2))
+    assert (first.loss, first.accuracy) == (again.loss, again.accuracy)
+    assert first.loss != other.loss
+
+
+def test_kd_uses_what_hard_labels_cannot(teacher):
+    hard, kd = (run(teacher, method=method, labelled=20, epochs=4) for method in ("hard", "kd"))
+    assert kd.accuracy > hard.accuracy + 0.1
+
+
+def test_unlabelled_items_reach_a_teacher_only(teacher):
+    seen = {}
+
+    def collect(step, steps, loss, b):
+        seen.setdefault("y", []).append(b.y)
+        seen.setdefault("items", []).append(b.index)
+
+    for method in ("hard", "kd"):
+        seen.clear()
+        with TeacherClient(teacher.grpc_address, job="unlabelled") as client:
+            train(settings(method=method, labelled=50, epochs=1, label_weight=0.5), client, on_step=collect)
+        labels, items = torch.cat(seen["y"]), torch.cat(seen["items"])
+        assert len(labels) == 1437
+        assert len(items.unique()) == (50 if method == "hard" else 1437)
+        assert int((labels == UNLABELLED).sum()) == (0 if method == "hard" else 1387)
+
+
+def test_views_repeat_in_turn_or_never():
+    data, device = load("digits"), torch.device("cpu")
+
+    def epoch(number, **changes):
+        config = settings(method="kd", crop=2, erase=2, **changes)
+        batches = list(epoch_batches(config, data, data.train_y, number, device))
+        x, _, items = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return x[items.argsort()]
+
+    assert torch.equal(epoch(0, views=2), epoch(2, views=2))
+    assert torch.equal(epoch(0, views=2, seed=5), epoch(0, views=2, seed=6))  # apart from the training seed
+    assert not torch.equal(epoch(0, views=2), epoch(1, views=2))
+    assert not torch.equal(epoch(0), epoch(2))
+    assert not torch.equal(epoch(0), epoch(0, view_seed=1))
+
+
+def test_few_labelled_items_come_in_fresh_views_each_time():
+    data = load("digits")
+    labels = labelled_subset(data.train_y, 10, 0)
+    config = settings(method="hard", crop=2)
+    x, y, items = (
+        torch.cat(parts) for parts in zip(*epoch_batches(config, data, labels, 0, torch.device("cpu")), strict=True)
+    )
+    assert len(x) == len(labels)
+    assert (y >= 0).all()
+    counts = np.bincount(items.numpy(), minlength=len(labels))[labels != UNLABELLED]
+    assert counts.max() - counts.min() <= 1
+    assert len(x[items == items[0]].unique(dim=0)) > 10  # of 25 crops, some of which look the same
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_train_writes_checkpoints_metrics_and_events(teacher, tmp_path, capsys):
+    command = ["train", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", "2", "--job", "cli"]
+    assert main([*command, "--teacher-address", teacher.grpc_address, "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert "unix: test accuracy" in told.out
+    assert "cli: epoch 2/2" in told.err
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("events"))
+    assert names == [f"epoch-000{e}.{kind}" for e in (1, 2) for kind in ("json", "safetensors")]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_check_says_that_the_teacher_understands(teacher, capsys):
+    assert main(["check", "--dataset", "digits", "--teacher-address", teacher.grpc_address]) == 0
+    assert "understands digits: top-1" in capsys.readouterr().out
+
+
+def test_compare_reports_what_the_server_counted(teacher, tmp_path, capsys):
+    command = [
+        "compare", "--methods", "hard,kd,unix", "--seeds", "0,1", "--dataset", "digits", "--student", "cnn-tiny",
+        "--epochs", "2", "--labelled", "50", "--teacher-address", teacher.grpc_address,
+        "--metrics-url", f"http://{teacher.http_address}/metrics", "--output", str(tmp_path), "--job", "compared",
+    ]  # fmt: skip
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    by_method = {summary["method"]: summary for summary in report["summary"]}
+    n = 1437
+    assert by_method["kd"]["asked"] == by_method["kd"]["computed"] == 2 * n
+    assert by_method["kd"]["share_of_kd_beta1"] == by_method["kd"]["share_of_kd_beta2"] == 1
+    unix = by_method["unix"]
+    assert unix["asked"] == 2 * (22 * 48 + 22)
+    assert f"{unix['share_of_kd_beta1']:.1%} | {unix['share_of_kd_beta2']:.1%}" in table
+    # The paper's formula, on the batches as they were: here teacher and student are the same network.
+    whole = 2 * n
+    assert unix["share_of_kd_beta1"] == pytest.approx((whole + unix["asked"] * 3) / (whole * 3))
+    assert by_method["hard"]["asked"] == 0
+    assert by_method["hard"]["above_kd"] < 0
+    assert {run["seed"] for run in report["runs"]} == {0, 1}
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--student", "resnet-9000"], "unknown model 'resnet-9000'; one of"),
+        (["--student", "no.such:factory"], "no"),
+        (["--labelled", "5000"], "5000 labelled"),
+        (["--erase", "9"], "erase is 9 pixels"),
+        (["--dataset", "fashion-mnist", "--data-directory", "/nowhere"], "/nowhere holds no train-images"),
+        (["--teacher-address", "127.0.0.1:1", "--teacher-timeout", "0.2", "--method", "kd"], "UNAVAILABLE"),
+        (["--token-file", "/nowhere", "--method", "kd"], "/nowhere"),
+        (["--device", "cuda:99"], "device: cuda:99 is not there"),
+        (["--device", "tpu9"], "device: 'tpu9' is none"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(arguments, words, tmp_path, capsys):
+    command = ["train", "--method", "hard", "--dataset", "digits", "--output", str(tmp_path), "--epochs", "1"]
+    assert main([*command, *arguments]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("student-worker: ")
+    assert words in told
+    assert "Traceback" not in told
+
+
+def test_a_teacher_of_other_data_is_refused(teacher, tmp_path, capsys):
+    command = ["train", "--dataset", "mnist5k", "--epochs", "1", "--teacher-address", teacher.grpc_address]
+    assert main([*command, "--output", str(tmp_path)]) == 1
+    assert "samples of [1, 28, 28], but the teacher takes [1, 8, 8]" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_last_checkpoint(trained, tmp_path):
+    with process(**serve(trained)) as (_, address, _):
+        command = [
+            sys.executable, "-m", "student_worker", "train", "--dataset", "digits", "--student", "cnn-tiny",
+            "--epochs", "1000", "--teacher-address", address, "--output", str(tmp_path),
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as training:
+            for line in training.stderr:
+                if "epoch 2/1000" in line:
+                    break
+            training.send_signal(signal.SIGINT)
+            rest = training.stderr.read()
+            assert training.wait(30) == 130
+        assert "the last epoch's checkpoint stays" in rest
+        assert "Traceback" not in rest
+        for weights in sorted(tmp_path.glob("epoch-*.safetensors")):
+            assert load_file(weights)
+            assert json.loads(weights.with_suffix(".json").read_text())["epoch"] >= 1
+        assert (tmp_path / "epoch-0002.safetensors").exists()
+        assert not list(tmp_path.glob("*.part"))
