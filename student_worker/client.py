@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
 from time import monotonic
 from types import TracebackType
@@ -12,28 +11,16 @@ from typing import Any, Literal, Self, cast
 import grpc
 import numpy as np
 import tenacity
-import torch
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from numpy.typing import NDArray
 from torch import Tensor
 
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc, wire
 from protos.conformance import check_inputs
-from student_worker.errors import (
-    BudgetSpent,
-    FingerprintChanged,
-    InvalidQuery,
-    NotAllowed,
-    NotServed,
-    TeacherError,
-    TeacherFailed,
-    TeacherUnavailable,
-    UnknownTeacher,
-)
-from student_worker.losses import TopK
+from student_worker.answer import Answer, concatenated, decoded
+from student_worker.errors import InvalidQuery, TeacherUnavailable, UnknownTeacher
+from student_worker.status import Retryable, translated
 
 Samples = Tensor | NDArray[np.generic] | Mapping[str, Tensor | NDArray[np.generic]]
 CacheMode = Literal["use", "read_only", "bypass"]
@@ -47,30 +34,6 @@ _CACHE_MODES = {
     "read_only": pb.CACHE_MODE_READ_ONLY,
     "bypass": pb.CACHE_MODE_BYPASS,
 }
-_SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the teacher said of a query's n samples."""
-
-    logits: Tensor | TopK
-    """float32 [n, classes], or the k largest of them with the mass of the rest."""
-    sources: tuple[str, ...] = ()
-    """For each sample `computed`, `cached` or `coalesced`."""
-    cost: pb.Cost = field(default_factory=pb.Cost)
-    budgets: tuple[pb.Budget, ...] = ()
-    fingerprint: str = ""
-    description: pb.TeacherDescription = field(default_factory=pb.TeacherDescription)
-    """Who answered."""
-
-
-class _Retryable(TeacherUnavailable):
-    """Worth another try, at this address or the next."""
-
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class TeacherClient:
@@ -199,31 +162,13 @@ class TeacherClient:
         return min(n, fitting, description.limits.max_samples_per_query)
 
     def _answered(self, request: pb.LabelRequest, n: int, description: pb.TeacherDescription) -> Answer:
-        reply = self._called("Label", request)
-        if reply.fingerprint != description.fingerprint:
-            raise FingerprintChanged(
-                f"fingerprint: asked {description.fingerprint}, answered by {reply.fingerprint}; begin a new run"
-            )
-        try:
-            decoded = wire.decode_answers(reply.answers[0])
-        except (wire.MalformedMessage, IndexError) as error:
-            raise TeacherFailed(f"the server's reply cannot be read: {error}") from error
-        logits: Tensor | TopK
-        if isinstance(decoded, wire.TopK):
-            values, indices, mass = map(torch.from_numpy, (decoded.values, decoded.indices, decoded.tail_mass))
-            logits, count = TopK(values, indices.long(), mass, decoded.temperature), len(values)
-        else:
-            logits, count = torch.from_numpy(decoded), len(decoded)
-        if count != n:
-            raise TeacherFailed(f"the server's reply holds {count} answers to {n} samples")
-        sources = tuple(_SOURCES.get(source, "unknown") for source in reply.sources)
-        return Answer(logits, sources, reply.cost, tuple(reply.budgets), reply.fingerprint, description)
+        return decoded(self._called("Label", request), n, description)
 
     def _called(self, call: str, request: Message) -> Any:
         """The reply to one call, retried where it is worth it."""
         deadline = monotonic() + self._timeout
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Retryable),
+            retry=tenacity.retry_if_exception_type(Retryable),
             stop=tenacity.stop_before_delay(self._timeout) | tenacity.stop_when_event_set(self._closed),
             wait=_wait,
             sleep=tenacity.sleep_using_event(self._closed),
@@ -231,7 +176,7 @@ class TeacherClient:
         )
         try:
             return retrying(self._attempt, call, request, deadline)
-        except _Retryable as error:
+        except Retryable as error:
             raise TeacherUnavailable(f"{error}; gave up after {self._timeout:g} s of trying") from error
 
     def _attempt(self, call: str, request: Message, deadline: float) -> Any:
@@ -243,8 +188,8 @@ class TeacherClient:
         except ValueError as error:  # grpc's word for a closed channel
             raise TeacherUnavailable("this client is closed") from error
         except grpc.RpcError as error:
-            ours = _translated(cast("grpc.Call", error), self._addresses[at])  # what a stub raises is both
-            if isinstance(ours, _Retryable) and self._current == at:
+            ours = translated(cast("grpc.Call", error), self._addresses[at])  # what a stub raises is both
+            if isinstance(ours, Retryable) and self._current == at:
                 self._current = (at + 1) % len(self._stubs)
             raise ours from error
 
@@ -255,48 +200,8 @@ _BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=5.0)
 def _wait(state: tenacity.RetryCallState) -> float:
     """Jittered backoff, and not before the server's own hint."""
     error = state.outcome.exception() if state.outcome else None
-    hint = error.retry_after if isinstance(error, _Retryable) else 0.0
+    hint = error.retry_after if isinstance(error, Retryable) else 0.0
     return hint + _BACKOFF(state)
-
-
-def _translated(error: grpc.Call, address: str) -> TeacherError:
-    """Our exception for gRPC's: by status code, RESOURCE_EXHAUSTED by the reason in its details."""
-    code, text = error.code(), f"{address}: {error.details()}"
-    reason, retry_after = _details(error)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason == "BUDGET_SPENT":
-        return BudgetSpent(text)
-    if code in _RETRYABLE:
-        return _Retryable(f"{code.name}: {text}", retry_after)
-    return _BY_CODE.get(code, TeacherFailed)(text)
-
-
-_RETRYABLE = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a full queue, others' reserved budget, too many concurrent calls
-    grpc.StatusCode.DEADLINE_EXCEEDED,  # of one attempt: the query's own deadline ends the retries
-    grpc.StatusCode.CANCELLED,  # by the server, which is closing
-}
-_BY_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidQuery,
-    grpc.StatusCode.FAILED_PRECONDITION: FingerprintChanged,
-    grpc.StatusCode.NOT_FOUND: UnknownTeacher,
-    grpc.StatusCode.UNAUTHENTICATED: NotAllowed,
-    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
-    grpc.StatusCode.UNIMPLEMENTED: NotServed,
-}
-
-
-def _details(error: grpc.Call) -> tuple[str, float]:
-    """The reason and the hint in seconds when to retry, from google.rpc's error details."""
-    reason, retry_after = "", 0.0
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason = info.reason
-        elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
-    return reason, retry_after
 
 
 # ---------------------------------------------------------------- samples and answers
@@ -336,34 +241,10 @@ def _joined(parts: Sequence["Future[Answer]"]) -> "Future[Answer]":
             if left:
                 return
         try:
-            whole.set_result(_concatenated([part.result() for part in parts]))
+            whole.set_result(concatenated([part.result() for part in parts]))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to whoever waits
             whole.set_exception(error)
 
     for part in parts:
         part.add_done_callback(done)
     return whole
-
-
-def _concatenated(answers: Sequence[Answer]) -> Answer:
-    first = answers[0]
-    logits: Tensor | TopK
-    if isinstance(first.logits, TopK):
-        tops = [answer.logits for answer in answers if isinstance(answer.logits, TopK)]
-        logits = TopK(
-            torch.cat([top.values for top in tops]),
-            torch.cat([top.indices for top in tops]),
-            torch.cat([top.tail_mass for top in tops]),
-            first.logits.temperature,
-        )
-    else:
-        logits = torch.cat([answer.logits for answer in answers if isinstance(answer.logits, Tensor)])
-    cost = pb.Cost(
-        samples=sum(answer.cost.samples for answer in answers),
-        money_nanos=sum(answer.cost.money_nanos for answer in answers),
-        currency=first.cost.currency,
-        flops=sum(answer.cost.flops for answer in answers),
-        device_nanoseconds=sum(answer.cost.device_nanoseconds for answer in answers),
-    )
-    sources = tuple(source for answer in answers for source in answer.sources)
-    return Answer(logits, sources, cost, answers[-1].budgets, first.fingerprint, first.description)

@@ -7,19 +7,17 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from student_worker.answer import Answer
 from student_worker.errors import InvalidQuery
 from student_worker.losses import TopK, distillation_loss
 from student_worker.selection import Mixing, Recipe, ScoreMode, Selection, Transform
 from student_worker.uncertainty import Strategy
 from student_worker.understanding import Understanding
-
-if TYPE_CHECKING:
-    from student_worker.client import Answer
 
 _NEARLY_CLEAN = 0.1  # with up to this share of its partner, a sample still is what its label says
 _VERSION = 1
@@ -28,7 +26,7 @@ _VERSION = 1
 class Teacher(Protocol):
     """All that Unix wants of a teacher; a TeacherClient is one. Blocks, and is called from several threads at once."""
 
-    def label(self, x: Tensor, *, request_id: str, cache_mode: Literal["use", "bypass"]) -> "Answer": ...
+    def label(self, x: Tensor, *, request_id: str, cache_mode: Literal["use", "bypass"]) -> Answer: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ class _Query:
     y: Tensor | None  # [n, ...], as index: of the whole batch
     index: Tensor | None
     logits: Tensor | None  # [n, c], the student's own, of the scoring pass
-    answer: Callable[[], "Answer"]  # blocks until the teacher has answered
+    answer: Callable[[], Answer]  # blocks until the teacher has answered
 
 
 class Unix:
@@ -262,7 +260,7 @@ class Unix:
             lag=lag,
         )
 
-    def _check(self, answer: "Answer", query: _Query) -> None:
+    def _check(self, answer: Answer, query: _Query) -> None:
         if isinstance(answer.logits, TopK):
             outputs = answer.description.outputs
             self._classes = outputs[0].shape[-1] if outputs and outputs[0].shape else None
@@ -281,7 +279,7 @@ class Unix:
                 "build the student for the teacher's classes, or ask another teacher"
             )
 
-    def _understand(self, answer: "Answer", query: _Query) -> None:
+    def _understand(self, answer: Answer, query: _Query) -> None:
         """The teacher's top-1 on nearly clean samples comes for free: no query is made for it."""
         y, recipe = query.y, query.recipe
         if self._understood or self._classes is None or y is None or y.dim() != 1 or y.is_floating_point():

@@ -65,32 +65,20 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         self._service, self._authenticator, self._metrics = service, authenticator, metrics
 
     async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeResponse:
-        async def call(_: Caller) -> pb.DescribeResponse:
-            return self._service.describe(request)
-
-        return await self._answered("Describe", call, context)
+        return await self._answered("Describe", context, lambda _: self._service.describe(request))
 
     async def Label(self, request: pb.LabelRequest, context: _Context) -> pb.LabelResponse:
-        async def call(caller: Caller) -> pb.LabelResponse:
-            remaining = context.time_remaining()
-            deadline = None if remaining is None else monotonic() + remaining
-            return await self._service.label(request, caller, deadline)
-
-        return await self._answered("Label", call, context)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else monotonic() + remaining
+        return await self._answered("Label", context, lambda caller: self._service.label(request, caller, deadline))
 
     async def Lookup(self, request: pb.LookupRequest, context: _Context) -> pb.LookupResponse:
-        async def call(_: Caller) -> pb.LookupResponse:
-            return self._service.lookup(request)
-
-        return await self._answered("Lookup", call, context)
+        return await self._answered("Lookup", context, lambda _: self._service.lookup(request))
 
     async def Spend(self, request: pb.SpendRequest, context: _Context) -> pb.SpendResponse:
-        async def call(_: Caller) -> pb.SpendResponse:
-            return self._service.spend(request)
+        return await self._answered("Spend", context, lambda _: self._service.spend(request))
 
-        return await self._answered("Spend", call, context)
-
-    async def _answered(self, name: str, call: Callable[[Caller], Awaitable[_Reply]], context: _Context) -> _Reply:
+    async def _answered(self, name: str, context: _Context, call: Callable[[Caller], Awaitable[_Reply]]) -> _Reply:
         """Runs `call` for the authenticated caller, counts its outcome and turns our errors into gRPC's."""
         code = code_pb2.CANCELLED  # what stands when the client goes away: CancelledError passes through
         try:

@@ -38,7 +38,7 @@ def http_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.get("/v1/teacher", summary="The teachers served, as the Describe call gives them")
     async def teacher() -> dict[str, Any]:
-        return json_format.MessageToDict(service.describe(pb.DescribeRequest()))
+        return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
 
     return app
 

@@ -52,7 +52,7 @@ class Service:
         """From here on queries are refused with UNAVAILABLE; those already queued are finished."""
         self.not_ready = why
 
-    def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         _checked(request)
         teachers = [self._teacher(request.teacher)] if request.teacher else self._teachers.values()
         return pb.DescribeResponse(
@@ -118,11 +118,11 @@ class Service:
             ),
         )
 
-    def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
+    async def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         _checked(request)
         raise NotImplementedHere("Lookup: this server keeps no cache of answers; ask Label")
 
-    def spend(self, request: pb.SpendRequest) -> pb.SpendResponse:
+    async def spend(self, request: pb.SpendRequest) -> pb.SpendResponse:
         _checked(request)
         raise NotImplementedHere("Spend: this server keeps no ledger; /metrics counts samples by tenant and job")
 

@@ -79,7 +79,7 @@ class Student(threading.Thread):
         try:
             student = nn.Sequential(Floats(), small_student())
             with TeacherClient(self.address, job=self.job, token=self.token) as teacher:
-                unix = Unix(teacher, generator=torch.Generator().manual_seed(hash(self.job) % 1000))
+                unix = Unix(teacher, generator=torch.Generator().manual_seed(int(self.job.rpartition("-")[2])))
                 seed = int(self.job.rpartition("-")[2])
                 with closing(unix.batches(loader(self.steps, 64, seed=seed), student)) as batches:
                     for b in batches:

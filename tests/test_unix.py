@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from protos import teacher_pb2 as pb
-from student_worker.client import Answer
+from student_worker.answer import Answer
 from student_worker.errors import InvalidQuery, TeacherMisunderstands, TeacherUnavailable
 from student_worker.losses import TopK, distillation_loss, mixed_cross_entropy
 from student_worker.unix import Unix

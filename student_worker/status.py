@@ -1,0 +1,64 @@
+"""gRPC's status codes and error details as exceptions of ours."""
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from student_worker.errors import (
+    BudgetSpent,
+    FingerprintChanged,
+    InvalidQuery,
+    NotAllowed,
+    NotServed,
+    TeacherError,
+    TeacherFailed,
+    TeacherUnavailable,
+    UnknownTeacher,
+)
+
+_RETRYABLE = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a full queue, others' reserved budget, too many concurrent calls
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # of one attempt: the query's own deadline ends the retries
+    grpc.StatusCode.CANCELLED,  # by the server, which is closing
+}
+_BY_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidQuery,
+    grpc.StatusCode.FAILED_PRECONDITION: FingerprintChanged,
+    grpc.StatusCode.NOT_FOUND: UnknownTeacher,
+    grpc.StatusCode.UNAUTHENTICATED: NotAllowed,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
+    grpc.StatusCode.UNIMPLEMENTED: NotServed,
+}
+
+
+class Retryable(TeacherUnavailable):
+    """Worth another try, at this address or the next."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def translated(error: grpc.Call, address: str) -> TeacherError:
+    """Our exception for gRPC's: by status code, RESOURCE_EXHAUSTED by the reason in its details."""
+    code, text = error.code(), f"{address}: {error.details()}"
+    reason, retry_after = _details(error)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason == "BUDGET_SPENT":
+        return BudgetSpent(text)
+    if code in _RETRYABLE:
+        return Retryable(f"{code.name}: {text}", retry_after)
+    return _BY_CODE.get(code, TeacherFailed)(text)
+
+
+def _details(error: grpc.Call) -> tuple[str, float]:
+    """The reason and the hint in seconds when to retry, from google.rpc's error details."""
+    reason, retry_after = "", 0.0
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return reason, retry_after
