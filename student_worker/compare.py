@@ -1,6 +1,7 @@
 """Several methods, the same steps, the same seeds: what does each answer of the teacher buy?"""
 
 import json
+import math
 import platform
 import statistics
 import urllib.request
@@ -79,10 +80,12 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
                     seconds=progress.seconds,
                 )
             )
-    student_flops = _student_flops(settings)
-    summaries = [
-        _summary(method, runs, teacher.flops_per_sample, student_flops, settings) for method in settings.methods
-    ]
+    data = load(settings.dataset, settings.data_directory)
+    channels, size, _ = data.shape
+    student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
+    student_flops = flops_per_sample(student, data.shape)
+    whole = settings.epochs * len(data.train_x)
+    summaries = [_summary(each, runs, teacher.flops_per_sample, student_flops, whole) for each in settings.methods]
     report = {
         "settings": settings.model_dump(mode="json"),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -100,7 +103,18 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
     settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _plot(summaries, teacher.outputs[0].top1, settings.output / "plot.png")
-    return table(summaries)
+    return table(summaries) + _noise(summaries, len(data.test_x))
+
+
+def _noise(summaries: Sequence[Summary], items: int) -> str:
+    """How far apart two runs of one seed may lie by the test items alone; nothing where there are intervals."""
+    if any(s.accuracy_interval is not None for s in summaries):
+        return "\n95 % intervals over seeds; vs KD: paired by seed."
+    best = max(s.accuracy for s in summaries)
+    error = 1.96 * math.sqrt(2 * best * (1 - best) / items)
+    return (
+        f"\nOne seed, {items} test items: differences below about {100 * error:.1f} points may be the test set's alone."
+    )
 
 
 def table(summaries: Sequence[Summary]) -> str:
@@ -155,20 +169,11 @@ def _counted(metrics_url: str, job: str) -> tuple[int, int]:
     return int(asked), int(computed)
 
 
-def _student_flops(settings: CompareSettings) -> int:
-    data = load(settings.dataset, settings.data_directory)
-    channels, size, _ = data.shape
-    student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
-    return flops_per_sample(student, data.shape)
-
-
-def _summary(
-    method: Method, runs: Sequence[Run], teacher_flops: float, student_flops: float, settings: CompareSettings
-) -> Summary:
+def _summary(method: Method, runs: Sequence[Run], teacher_flops: float, student_flops: float, whole: int) -> Summary:
+    """`whole`: the samples that full KD asks about and learns from in these epochs."""
     ours = [each for each in runs if each.method == method]
     kd = {each.seed: each.accuracy for each in runs if each.method == "kd"}
     differences = [each.accuracy - kd[each.seed] for each in ours if each.seed in kd]
-    whole = settings.epochs * len(load(settings.dataset, settings.data_directory).train_x)
 
     def share(backward: float) -> float:
         full = computation(
@@ -208,14 +213,18 @@ def _interval(values: Sequence[float]) -> float | None:
 def _plot(summaries: Sequence[Summary], teacher_top1: float, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    if teacher_top1:
-        axes.axhline(100 * teacher_top1, color="0.6", linestyle="--", linewidth=1)
-        axes.annotate("teacher", (0, 100 * teacher_top1), xytext=(0, 4), textcoords="offset points", color="0.4")
-    for s in summaries:
+    for s, marker in zip(summaries, "osD^v", strict=False):
         error = None if s.accuracy_interval is None else 100 * s.accuracy_interval
-        axes.errorbar(s.computed, 100 * s.accuracy, yerr=error, fmt="o", capsize=3)
-        axes.annotate(s.method, (s.computed, 100 * s.accuracy), xytext=(7, -3), textcoords="offset points")
-    axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("samples that the teacher computed")
+        label = f"{s.method}: {_points(s.accuracy, s.accuracy_interval)} %"
+        x, y = s.computed / 1000, 100 * s.accuracy
+        axes.errorbar(x, y, yerr=error, fmt=marker, markersize=9, fillstyle="none", markeredgewidth=2, label=label)
+    if teacher_top1:
+        axes.axhline(100 * teacher_top1, color="0.5", linestyle="--", linewidth=1, label=f"teacher: {teacher_top1:.2%}")
+    axes.margins(x=0.1, y=0.1)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_xlabel("samples that the teacher computed (thousands)")
     axes.set_ylabel("student's test accuracy, last epoch (%)")
     figure.savefig(path, dpi=150)

@@ -72,14 +72,14 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
 
     method: Method = "unix"
     """hard: labels alone. kd: all samples are asked about, unmixed. +mixup: one share for all. unix: the paper's."""
-    student: str = "cnn-small"
+    student: str = "cnn-tiny"
     """A name of student_worker/models.py, or your own package.module:factory."""
     student_arguments: dict[str, Any] = {}
     """Keyword arguments for the student's factory, as JSON."""
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=2)
-    learning_rate: float = Field(default=0.05, gt=0)
-    """Peak of the one-cycle schedule (SGD, Nesterov momentum 0.9)."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Peak of the one-cycle schedule; SGD with Nesterov momentum 0.9."""
     weight_decay: float = Field(default=5e-4, ge=0)
     temperature: float = Field(default=4.0, gt=0)
     """Of the distillation loss."""
@@ -87,6 +87,8 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """Weight of the hard labels' cross-entropy beside the distillation loss."""
     seed: int = 0
     """Of the student's weights, data order and mixing."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of the student's passes; 0 leaves the choice to torch."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where it is there."""
 

@@ -54,15 +54,16 @@ def train(
     """
     began = perf_counter()
     torch.manual_seed(settings.seed)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     data = load(settings.dataset, settings.data_directory)
     labels = data.train_y
     if settings.labelled:
         labels = labelled_subset(labels, settings.labelled, settings.view_seed)
     device = _device(settings.device)
     channels, size, _ = data.shape
-    student = build(
-        settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments
-    ).to(device)
+    student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
+    student = student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalised = normaliser(data, device)
     source = _source(settings, teacher, normalised)
 
@@ -70,7 +71,9 @@ def train(
     optimizer = torch.optim.SGD(
         student.parameters(), settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
     for epoch in range(settings.epochs):
         student.train()
         losses = []
