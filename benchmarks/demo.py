@@ -39,11 +39,11 @@ def main() -> None:
     began = time.monotonic()
     weights = train_teacher(arguments.teacher_epochs, arguments.output / "teacher")
     with serving(weights) as (grpc_address, http_address):
-        student("check", "--dataset", DATASET, "--teacher-address", grpc_address)
         student(
             "compare", "--methods", arguments.methods, "--seeds", arguments.seeds,
             "--dataset", DATASET, "--labelled", str(LABELLED), "--crop", "2",
-            "--student", STUDENT, "--epochs", str(arguments.epochs), "--learning-rate", "0.4", "--threads", "1",
+            "--student", STUDENT, "--epochs", str(arguments.epochs), "--learning-rate", "0.4",
+            "--threads", "1", "--depth", "0",
             "--teacher-address", grpc_address, "--metrics-url", f"http://{http_address}/metrics",
             "--job", "demo", "--output", str(arguments.output),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Claim    one caller's query of one 224 x 224 x 3 uint8 sample (150,528 bytes) takes little more than a gRPC echo of
          as many bytes, and throughput grows with the callers because batches form.
-Method   a server in a process of its own serves `trivial` (the mean of each channel, 3 classes). Rounds are interleaved:
+Method   a server in a process of its own serves `trivial` (a mean of each channel, 3 classes). Rounds are interleaved:
          in each, an echo server (gRPC asyncio, no work) and the teacher answer the same bytes; the median of a round's
          latencies and its queries per second are taken, then the median and the range over rounds.
 Machine  stated by the output.

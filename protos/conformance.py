@@ -1,5 +1,6 @@
 """Whether samples are what Describe asks for: the client checks before it sends, the server before it queues."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,6 +8,14 @@ from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
 from protos.wire import MalformedMessage, dtype_code
+
+_JOB_NAME = re.compile(r"[A-Za-z0-9._:/+-]{1,128}")
+
+
+def check_job_name(job: str) -> None:
+    """Raises MalformedMessage for a name that could not travel in a header or stand in a label."""
+    if not _JOB_NAME.fullmatch(job):
+        raise MalformedMessage(f"job {job[:128]!r}: a name is 1 to 128 letters, digits or . _ : / + -")
 
 
 def check_inputs(inputs: Mapping[str, NDArray[np.generic]], teacher: pb.TeacherDescription) -> None:

@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 # Kubernetes gives its pods TEACHER_SERVICE_HOST, TEACHER_PORT_8001_TCP and the like for a Service called "teacher".
-_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
+_SERVICE_LINK = re.compile(r"[A-Z]+_(SERVICE_(HOST|PORT)|PORT)(_\w+)?")
 
 
 class _TomlFile(TomlConfigSettingsSource):
@@ -90,7 +90,7 @@ def run_command(program: str, commands: Mapping[str, Command], argv: list[str] |
     prefix = settings_cls.model_config["env_prefix"]
     try:
         known = {f"{prefix}{field}".upper(): field for cls, _ in commands.values() for field in cls.model_fields}
-        ours = {key for key in os.environ if key.startswith(prefix) and not _SERVICE_LINK.search(key)}
+        ours = {key for key in os.environ if key.startswith(prefix) and not _SERVICE_LINK.fullmatch(key)}
         _refuse_unknown(ours, known, "environment variable")
         parser = CliSettingsSource[Any](settings_cls, cli_prog_name=f"{program} {name}")
         parsed = CliApp.run(settings_cls, cli_args=options, cli_settings_source=parser)

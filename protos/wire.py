@@ -50,7 +50,10 @@ class TopK(NamedTuple):
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """Raises UnknownValue when a newer client set a field that this version would silently ignore."""
+    """Raises UnknownValue when a newer client set a field that this version would silently ignore.
+
+    Its time grows with the number of fields: bound the message's size first.
+    """
     unknown = UnknownFieldSet(message)
     if len(unknown):
         number = unknown[0].field_number
@@ -117,10 +120,24 @@ def decode_inputs(tensors: Sequence[pb.Tensor]) -> dict[str, Array]:
 # ---------------------------------------------------------------- answers
 
 
-def encode_answers(logits: NDArray[np.float32], spec: pb.OutputSpec) -> pb.Answers:
-    """`logits` [n, classes] in the encoding that `spec` asks for.
+def check_spec(spec: pb.OutputSpec, classes: int) -> None:
+    """Raises UnknownValue for an unknown encoding, MalformedMessage for an unusable k or temperature."""
+    if _encoding(spec.encoding) == pb.ENCODING_TOP_K:
+        if not 1 <= spec.k <= classes:
+            raise MalformedMessage(f"outputs.k: {spec.k} is outside 1..{classes}, the teacher's classes")
+        _positive_temperature(spec.temperature or 1.0, "outputs.temperature")
 
-    Raises MalformedMessage for an unusable k or temperature and where float16 cannot hold a value.
+
+def answers_bytes(spec: pb.OutputSpec, samples: int, classes: int) -> int:
+    """What the answers to so many samples take in a reply, with their sources; at most."""
+    each = {pb.ENCODING_TOP_K: 8 * spec.k + 4, pb.ENCODING_FLOAT16: 2 * classes}.get(spec.encoding, 4 * classes)
+    return samples * (each + 1) + 1024
+
+
+def encode_answers(logits: NDArray[np.float32], spec: pb.OutputSpec) -> pb.Answers:
+    """`logits` [n, classes], finite, in the encoding of `spec`, which has passed check_spec.
+
+    Raises MalformedMessage where float16 cannot hold a value.
     """
     answers = pb.Answers(name=spec.name, encoding=_encoding(spec.encoding), shape=logits.shape)
     if answers.encoding == pb.ENCODING_TOP_K:
@@ -165,13 +182,13 @@ def decode_answers(answers: pb.Answers) -> NDArray[np.float32] | TopK:
 
 
 def top_k(logits: NDArray[np.float32], k: int, temperature: float) -> TopK:
-    """The k largest of `logits` [n, classes], and the rest's share of softmax(logits / temperature)."""
+    """The k largest of `logits` [n, classes], 1 <= k <= classes, and the rest's share of softmax(logits / temperature).
+
+    Equal values keep the order of their classes; which of those that tie for the last place are taken is not said.
+    """
     _, classes = logits.shape
-    if not 1 <= k <= classes:
-        raise MalformedMessage(f"outputs.k: {k} is outside 1..{classes}, the teacher's classes")
-    _positive_temperature(temperature, "outputs.temperature")
     chosen = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    chosen.sort(axis=1)  # equal values keep the order of their classes
+    chosen.sort(axis=1)
     falling = np.argsort(-np.take_along_axis(logits, chosen, axis=1), axis=1, kind="stable")
     indices = np.take_along_axis(chosen, falling, axis=1)
     mass = np.exp((logits.astype(np.float64) - logits.max(axis=1, keepdims=True)) / temperature)

@@ -7,11 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from student_worker.client import TeacherClient
-from student_worker.data import Dataset, epoch_order
+from student_worker.data import UNLABELLED, Dataset, epoch_order
 from student_worker.errors import TeacherMisunderstands
 from student_worker.understanding import Understanding
 
 Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+CHECKED_SAMPLES = 256
 
 _VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
     "with its channels in reverse order": lambda x: x[:, ::-1],
@@ -20,8 +23,8 @@ _VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 
 
-def check(teacher: TeacherClient, data: Dataset, samples: int) -> str:
-    """Asks about `samples` training samples; returns a sentence with the teacher's top-1.
+def check(teacher: TeacherClient, data: Dataset, labels: Labels, samples: int) -> str:
+    """Asks about at most `samples` of the labelled training samples; returns a sentence with the teacher's top-1.
 
     Raises TeacherMisunderstands where the teacher's classes have other names or its answers do not fit the labels;
     it then asks about variants of the same samples, and the error names one that fits better.
@@ -33,8 +36,9 @@ def check(teacher: TeacherClient, data: Dataset, samples: int) -> str:
         raise TeacherMisunderstands(
             f"class order: the teacher's classes are {list(names)}, those of {data.name} are {list(data.class_names)}"
         )
-    items = epoch_order(len(data.train_x), seed=0, epoch=0)[:samples]
-    x, y = data.train_x[items], data.train_y[items]
+    order = epoch_order(len(labels), seed=0, epoch=0)
+    items = order[labels[order] != UNLABELLED][:samples]
+    x, y = data.train_x[items], labels[items]
     predicted = _predicted(teacher, x)
     top1 = float((predicted == y).mean())
     understanding = Understanding(
@@ -57,13 +61,13 @@ def check(teacher: TeacherClient, data: Dataset, samples: int) -> str:
     )
 
 
-def _predicted(teacher: TeacherClient, x: Pixels) -> NDArray[np.int64]:
+def _predicted(teacher: TeacherClient, x: Pixels) -> Labels:
     logits = teacher.label(np.ascontiguousarray(x)).logits
     top = logits.argmax(1) if isinstance(logits, torch.Tensor) else logits.indices[:, 0]
     return top.numpy()
 
 
-def _better_variant(teacher: TeacherClient, x: Pixels, y: NDArray[np.int64], top1: float) -> str:
+def _better_variant(teacher: TeacherClient, x: Pixels, y: Labels, top1: float) -> str:
     """What would explain it, if another reading of the same pixels does far better."""
     found = []
     for what, variant in _VARIANTS.items():

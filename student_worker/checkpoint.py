@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from google.protobuf import json_format
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from protos import teacher_pb2 as pb
 from student_worker.data import Dataset
@@ -20,7 +21,13 @@ def save_checkpoint(folder: Path, epoch: int, student: nn.Module, data: Dataset,
     The weights carry what a teacher server needs to serve them: preprocessing, class names, `record["accuracy"]`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in student.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen or not tensor.numel():  # tied weights are one tensor, and safetensors takes it once
+            seen.add(place)
+            state[name] = tensor.detach().cpu().contiguous()
     description = json_format.MessageToJson(describe(data, record["accuracy"]), indent=None)
     path = folder / f"epoch-{epoch:04d}.safetensors"
     _write(path, save(state, metadata={"preceptor": description}))

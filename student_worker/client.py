@@ -1,8 +1,11 @@
 """The student's end of the contract: synchronous, a window of queries in flight, several addresses, own exceptions."""
 
+import math
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import pairwise
 from time import monotonic
 from types import TracebackType
@@ -12,20 +15,22 @@ import grpc
 import numpy as np
 import tenacity
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 from torch import Tensor
 
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc, wire
-from protos.conformance import check_inputs
+from protos.conformance import check_inputs, check_job_name
+from protos.wire import Array
 from student_worker.answer import Answer, concatenated, decoded
 from student_worker.errors import InvalidQuery, TeacherUnavailable, UnknownTeacher
 from student_worker.status import Retryable, translated
+from student_worker.threads import DaemonPool
 
-Samples = Tensor | NDArray[np.generic] | Mapping[str, Tensor | NDArray[np.generic]]
+Samples = Tensor | Array | Mapping[str, Tensor | Array]
 CacheMode = Literal["use", "read_only", "bypass"]
 Encoding = Literal["float32", "float16", "top_k"]
 
+_BATCHES_A_PART = 4  # enough to keep a device busy, few enough that `window` parts fit a queue and finish in time
 _MESSAGE_OVERHEAD = 64 * 1024  # names, shapes and the reply's own fields, generously
 _LARGEST_MESSAGE = 2**31 - 1  # the server's Describe states the limit that counts
 _ENCODINGS = {"float32": pb.ENCODING_FLOAT32, "float16": pb.ENCODING_FLOAT16, "top_k": pb.ENCODING_TOP_K}
@@ -39,11 +44,12 @@ _CACHE_MODES = {
 class TeacherClient:
     """A teacher at one address or several ("a:8001,b:8001"), asked on behalf of one job.
 
-    Queries are split under the server's message limit, at most `window` parts are in flight, and a query has `timeout`
-    seconds, retries included. UNAVAILABLE, a full queue and others' reserved budget are retried with jittered backoff,
-    at the next address where there is one. The first answer pins the teacher's fingerprint: another one later raises
-    FingerprintChanged. `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which
-    must then be the loss's. Every error is a student_worker.errors.TeacherError.
+    A query is sent in parts of a few of the server's batches, at most `window` parts are in flight, and each has
+    `timeout` seconds, retries included. UNAVAILABLE, a full queue and others' reserved budget are retried: at the next
+    address where there is one, else with jittered backoff and not before the server's own hint. The first answer pins
+    the teacher's fingerprint: another one later raises FingerprintChanged. `encoding="top_k"` asks for the `k` largest
+    logits and the tail's mass at `temperature`, which must then be the loss's. Thread-safe. What goes wrong with a
+    call is a student_worker.errors.TeacherError; an argument out of its range is a ValueError.
     """
 
     def __init__(
@@ -60,10 +66,18 @@ class TeacherClient:
         timeout: float = 60.0,
     ) -> None:
         addresses = address.split(",") if isinstance(address, str) else list(address)
-        if not all(addresses):
+        if not addresses or not all(addresses):
             raise ValueError(f"address: {address!r} names no server; give host:port, or several joined by commas")
-        if window < 1 or timeout <= 0:
+        if window < 1 or not 0 < timeout < math.inf:
             raise ValueError(f"window and timeout must be positive, got {window} and {timeout}")
+        if encoding not in _ENCODINGS:
+            raise ValueError(f"encoding is {encoding!r}: choose one of {', '.join(_ENCODINGS)}")
+        if k < 0 or (encoding == "top_k") != (k > 0) or not 0 < temperature < math.inf:
+            raise ValueError(
+                f"encoding {encoding!r} with k {k} and temperature {temperature}: top_k takes a k of at least 1 and a "
+                "finite temperature above 0, the others neither"
+            )
+        check_job_name(job)
         self._teacher = teacher
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._timeout = timeout
@@ -75,14 +89,16 @@ class TeacherClient:
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
         ]
-        self._channels = [grpc.insecure_channel(address, options=options) for address in addresses]
-        self._stubs = [teacher_pb2_grpc.TeacherStub(channel) for channel in self._channels]
+        channels = [grpc.insecure_channel(address, options=options) for address in addresses]
+        self._stubs = [teacher_pb2_grpc.TeacherStub(channel) for channel in channels]
         self._current = 0
-        self._closed = threading.Event()
         self._lock = threading.Lock()
         self._description: pb.TeacherDescription | None = None
         self._window = threading.BoundedSemaphore(window)
-        self._pool = ThreadPoolExecutor(window, thread_name_prefix="teacher-client")
+        self._closed = threading.Event()
+        self._pool = DaemonPool(window, "teacher-client")
+        # Also runs when a program ends without close(), so that calls in flight end before the interpreter does.
+        self._close = weakref.finalize(self, _close, self._closed, channels, self._pool)
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +110,7 @@ class TeacherClient:
 
     def close(self) -> None:
         """Ends what is in flight; waiting callers get TeacherUnavailable."""
-        self._closed.set()
-        for channel in self._channels:
-            channel.close()
-        self._pool.shutdown(cancel_futures=True)
+        self._close()
 
     def describe(self) -> pb.TeacherDescription:
         """The teacher's description, fetched once: who answers, what it takes, what it gives, what it costs."""
@@ -119,7 +132,12 @@ class TeacherClient:
         return self.submit(x, request_id=request_id, cache_mode=cache_mode).result()
 
     def submit(self, x: Samples, *, request_id: str = "", cache_mode: CacheMode = "use") -> "Future[Answer]":
-        """Like `label`, without waiting; blocks while `window` parts are in flight."""
+        """Like `label`, without waiting for the answer; blocks while `window` parts are in flight.
+
+        Once a part has failed, or the future was cancelled, no further part is sent.
+        """
+        if cache_mode not in _CACHE_MODES:
+            raise ValueError(f"cache_mode is {cache_mode!r}: choose one of {', '.join(_CACHE_MODES)}")
         description = self.describe()
         inputs = _named_arrays(x, description)
         try:
@@ -127,9 +145,9 @@ class TeacherClient:
         except wire.MalformedMessage as error:
             raise InvalidQuery(str(error)) from error
         n = len(next(iter(inputs.values())))
-        size = self._part_size(inputs, n, description)
-        parts = []
-        for number, (start, stop) in enumerate(pairwise([*range(0, n, size), n])):
+        bounds = list(pairwise([*range(0, n, self._part_size(inputs, n, description)), n]))
+        whole = _Whole(len(bounds))
+        for number, (start, stop) in enumerate(bounds):
             request = pb.LabelRequest(
                 teacher=self._teacher,
                 inputs=[wire.encode_tensor(name, array[start:stop]) for name, array in inputs.items()],
@@ -139,45 +157,48 @@ class TeacherClient:
                 cache_mode=_CACHE_MODES[cache_mode],
             )
             self._window.acquire()
-            try:
-                part = self._pool.submit(self._answered, request, stop - start, description)
-            except RuntimeError as error:
+            if whole.future.done() or self._closed.is_set():
                 self._window.release()
-                raise TeacherUnavailable("this client is closed") from error
+                whole.fail(TeacherUnavailable("this client is closed"))
+                break
+            part = self._pool.submit(partial(self._answered, request, stop - start, description))
             part.add_done_callback(lambda _: self._window.release())
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else _joined(parts)
+            whole.add(number, part)
+        return whole.future
 
-    def _part_size(self, inputs: Mapping[str, NDArray[np.generic]], n: int, description: pb.TeacherDescription) -> int:
-        """How many samples fit a request and their answers a reply."""
-        room = description.limits.max_message_bytes - _MESSAGE_OVERHEAD
+    def _part_size(self, inputs: Mapping[str, Array], n: int, description: pb.TeacherDescription) -> int:
+        """How many samples to send at once: a few batches, as fit a request and their answers a reply."""
+        limits = description.limits
+        (classes,) = description.outputs[0].shape
         sent = sum(array.nbytes for array in inputs.values()) // n
-        received = 4 * (int(np.prod(description.outputs[0].shape)) + 2)
-        fitting = room // max(sent, received)
+        received = wire.answers_bytes(self._spec, 2, classes) - wire.answers_bytes(self._spec, 1, classes)
+        fitting = (limits.max_message_bytes - _MESSAGE_OVERHEAD) // max(sent, received)
         if fitting < 1:
             raise InvalidQuery(
                 f"inputs: one sample takes {max(sent, received)} bytes, more than the server's limit of "
-                f"{description.limits.max_message_bytes} for a message; raise its --max-message-bytes"
+                f"{limits.max_message_bytes} for a message; raise its --max-message-bytes"
             )
-        return min(n, fitting, description.limits.max_samples_per_query)
+        return min(n, fitting, limits.max_samples_per_query, _BATCHES_A_PART * limits.max_batch_size)
 
     def _answered(self, request: pb.LabelRequest, n: int, description: pb.TeacherDescription) -> Answer:
         return decoded(self._called("Label", request), n, description)
 
     def _called(self, call: str, request: Message) -> Any:
         """The reply to one call, retried where it is worth it."""
-        deadline = monotonic() + self._timeout
+        began = monotonic()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Retryable),
             stop=tenacity.stop_before_delay(self._timeout) | tenacity.stop_when_event_set(self._closed),
-            wait=_wait,
+            wait=self._wait,
             sleep=tenacity.sleep_using_event(self._closed),
             reraise=True,
         )
         try:
-            return retrying(self._attempt, call, request, deadline)
+            return retrying(self._attempt, call, request, began + self._timeout)
         except Retryable as error:
-            raise TeacherUnavailable(f"{error}; gave up after {self._timeout:g} s of trying") from error
+            raise TeacherUnavailable(
+                f"{error}; gave up after {monotonic() - began:.1f} s of at most {self._timeout:g}"
+            ) from error
 
     def _attempt(self, call: str, request: Message, deadline: float) -> Any:
         at = self._current
@@ -193,28 +214,35 @@ class TeacherClient:
                 self._current = (at + 1) % len(self._stubs)
             raise ours from error
 
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """No time before the next address; jittered backoff, and no less than the server's hint, once all refused."""
+        if state.attempt_number % len(self._stubs):
+            return 0.0
+        error = state.outcome.exception() if state.outcome else None
+        hint = error.retry_after if isinstance(error, Retryable) else 0.0
+        return hint + _BACKOFF(state)
+
 
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=5.0)
 
 
-def _wait(state: tenacity.RetryCallState) -> float:
-    """Jittered backoff, and not before the server's own hint."""
-    error = state.outcome.exception() if state.outcome else None
-    hint = error.retry_after if isinstance(error, Retryable) else 0.0
-    return hint + _BACKOFF(state)
+def _close(closed: threading.Event, channels: Sequence[grpc.Channel], pool: DaemonPool) -> None:
+    closed.set()
+    for channel in channels:
+        channel.close()
+    pool.close()
 
 
-# ---------------------------------------------------------------- samples and answers
-
-
-def _named_arrays(x: Samples, description: pb.TeacherDescription) -> dict[str, NDArray[np.generic]]:
+def _named_arrays(x: Samples, description: pb.TeacherDescription) -> dict[str, Array]:
     if not isinstance(x, Mapping):
         if len(description.inputs) != 1:
             names = [described.name for described in description.inputs]
             raise InvalidQuery(f"inputs: the teacher takes {names}; give a mapping from these names")
         x = {description.inputs[0].name: x}
-    inputs = {}
+    inputs: dict[str, Array] = {}
     for name, value in x.items():
+        if not isinstance(value, Tensor | np.ndarray):
+            raise InvalidQuery(f"inputs[{name!r}]: a {type(value).__name__} cannot be sent; give a tensor or an array")
         try:
             array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         except TypeError as error:
@@ -228,23 +256,37 @@ def _named_arrays(x: Samples, description: pb.TeacherDescription) -> dict[str, N
     return inputs
 
 
-def _joined(parts: Sequence["Future[Answer]"]) -> "Future[Answer]":
-    """One future for a query's parts: their answers in order, or the first part's error."""
-    whole: Future[Answer] = Future()
-    left = len(parts)
-    lock = threading.Lock()
+class _Whole:
+    """The answer to a query of several parts: theirs in order, or the first error; then the other parts are dropped."""
 
-    def done(_: "Future[Answer]") -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            if left:
-                return
-        try:
-            whole.set_result(concatenated([part.result() for part in parts]))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to whoever waits
-            whole.set_exception(error)
+    def __init__(self, parts: int) -> None:
+        self.future: Future[Answer] = Future()
+        self._answers: list[Answer | None] = [None] * parts
+        self._left = parts
+        self._parts: list[Future[Answer]] = []
+        self._lock = threading.Lock()
+        self.future.add_done_callback(self._drop)
 
-    for part in parts:
-        part.add_done_callback(done)
-    return whole
+    def add(self, number: int, part: "Future[Answer]") -> None:
+        self._parts.append(part)
+        part.add_done_callback(partial(self._done, number))
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
+
+    def _done(self, number: int, part: "Future[Answer]") -> None:
+        error = TeacherUnavailable("this client is closed") if part.cancelled() else part.exception()
+        if error is not None:
+            self.fail(error)
+            return
+        with self._lock:
+            self._answers[number] = part.result()
+            self._left -= 1
+            if not self._left and self.future.set_running_or_notify_cancel():
+                self.future.set_result(concatenated([answer for answer in self._answers if answer is not None]))
+
+    def _drop(self, _: "Future[Answer]") -> None:
+        for part in self._parts:
+            part.cancel()

@@ -8,16 +8,19 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from student_worker.check import check
+from protos import teacher_pb2 as pb
+from student_worker.check import CHECKED_SAMPLES, check
 from student_worker.checkpoint import save_checkpoint
 from student_worker.client import TeacherClient
 from student_worker.config import CheckSettings, CompareSettings, TeacherConfig, TrainSettings
 from student_worker.data import Dataset, load
-from student_worker.train import Progress, train
+from student_worker.train import Progress, known_labels, train
 from student_worker.unix import Distilled
 
 
 def train_command(settings: TrainSettings) -> None:
+    if not settings.method.startswith("hard"):
+        _check(settings, settings.job)
     progress = _run(settings)
     print(  # noqa: T201
         f"{settings.method}: test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
@@ -28,16 +31,26 @@ def train_command(settings: TrainSettings) -> None:
 def check_command(settings: CheckSettings) -> None:
     data = load(settings.dataset, settings.data_directory)
     with _client(settings, settings.job) as teacher:
-        print(check(teacher, data, settings.samples))  # noqa: T201
+        print(check(teacher, data, known_labels(settings, data), settings.samples))  # noqa: T201
 
 
 def compare_command(settings: CompareSettings) -> None:
     from student_worker.compare import compare  # noqa: PLC0415 - needs the bench extra
 
-    with _client(settings, settings.job) as teacher:
-        description = teacher.describe()
+    description = _check(settings, settings.job)
     print(compare(settings, _run, description))  # noqa: T201
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
+
+
+def _check(settings: TrainSettings | CompareSettings, job: str) -> pb.TeacherDescription:
+    """Before a run: does the teacher understand the data? Booked to a job of its own, so that the run's count is its.
+
+    Unix asks the same for free while it trains; with few labels it would take it many steps to know.
+    """
+    data = load(settings.dataset, settings.data_directory)
+    with _client(settings, f"{job}-check") as teacher:
+        print(check(teacher, data, known_labels(settings, data), CHECKED_SAMPLES))  # noqa: T201
+        return teacher.describe()
 
 
 def _client(settings: TeacherConfig, job: str) -> TeacherClient:
@@ -56,7 +69,6 @@ def _run(settings: TrainSettings) -> Progress:
         teacher = None
         if not settings.method.startswith("hard"):
             teacher = stack.enter_context(_client(settings, settings.job))
-            teacher.describe()  # an unreachable teacher is told before anything is loaded
         # disable=None: a bar on a terminal, a line an epoch in a log.
         bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
         events = SummaryWriter(settings.output)

@@ -67,6 +67,11 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
             before = _counted(settings.metrics_url, trial.job)
             progress = run(trial)
             after = _counted(settings.metrics_url, trial.job)
+            if after[0] - before[0] < progress.asked:
+                raise ValueError(
+                    f"the server counts {after[0] - before[0]} samples asked by job {trial.job}, which asked "
+                    f"{progress.asked}: is {settings.metrics_url} this teacher's, and does it still keep jobs apart?"
+                )
             runs.append(
                 Run(
                     method=method,
@@ -103,18 +108,24 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
     settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _plot(summaries, teacher.outputs[0].top1, settings.output / "plot.png")
-    return table(summaries) + _noise(summaries, len(data.test_x))
+    return f"{table(summaries)}\n{_remarks(summaries, settings, len(data.test_x))}"
 
 
-def _noise(summaries: Sequence[Summary], items: int) -> str:
-    """How far apart two runs of one seed may lie by the test items alone; nothing where there are intervals."""
+def _remarks(summaries: Sequence[Summary], settings: CompareSettings, items: int) -> str:
+    """What a reader must know about the table: the variant of UNIX, and how much of it is noise."""
+    remarks = ["Accuracy after the last epoch, all at equal steps; asked and computed as the server counted them."]
+    if "unix" in settings.methods:
+        remarks.append(
+            f"unix: {settings.strategy} scores in {settings.score_mode} mode, {settings.mixing} mixing, keeps "
+            f"{settings.keep:.0%}, depth {settings.depth}" + (" (the published step)." if settings.depth == 0 else ".")
+        )
     if any(s.accuracy_interval is not None for s in summaries):
-        return "\n95 % intervals over seeds; vs KD: paired by seed."
-    best = max(s.accuracy for s in summaries)
-    error = 1.96 * math.sqrt(2 * best * (1 - best) / items)
-    return (
-        f"\nOne seed, {items} test items: differences below about {100 * error:.1f} points may be the test set's alone."
-    )
+        remarks.append("95 % intervals over seeds (Student's t); vs KD: paired by seed.")
+    else:
+        best = max(s.accuracy for s in summaries)
+        error = 1.96 * math.sqrt(2 * best * (1 - best) / items)
+        remarks.append(f"One seed, {items} test items: differences below {100 * error:.1f} points may be noise.")
+    return "\n".join(remarks)
 
 
 def table(summaries: Sequence[Summary]) -> str:

@@ -109,8 +109,8 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
 class CheckSettings(DataConfig, TeacherConfig, Settings, env_prefix="STUDENT_"):
     """Ask a teacher about labelled clean samples, and say whether it understands the data."""
 
-    samples: int = Field(default=256, ge=32)
-    """How many labelled samples to ask about."""
+    samples: int = Field(default=256, ge=1)
+    """How many labelled samples to ask about, at most."""
     job: str = "check"
     """Name of this run at the teacher: its spend is booked under it."""
 

@@ -73,7 +73,20 @@ def mixed_cross_entropy(student_logits: Tensor, y: Tensor, y_partner: Tensor, sh
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities [n, c] -> [n]."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return _terms(student, teacher).sum(1)
+
+
+def _terms(student: Tensor, teacher: Tensor) -> Tensor:
+    """What each class adds to KL(teacher || student); no term is negative. Log-probabilities in, of any shape.
+
+    p (d + e^-d - 1) with d = log p - log q sums to the same as p d, since p and q both sum to 1; but at high
+    temperature, where d is small, p d would cancel to nothing but rounding. Where p is 0, the term is q.
+    """
+    p, gap = teacher.exp(), teacher - student
+    near = gap.abs() < 1
+    small = torch.where(near, gap, 0)
+    large = torch.where(near | (p == 0), 0, gap)
+    return torch.where(near, p * (small + torch.expm1(-small)), p * large + student.exp() - p)
 
 
 def _bucket_divergence(student: Tensor, teacher: Tensor, indices: Tensor, tail_mass: Tensor) -> Tensor:
@@ -86,8 +99,7 @@ def _bucket_divergence(student: Tensor, teacher: Tensor, indices: Tensor, tail_m
         return _divergence(top, teacher)
     tail = tail_mass.clamp(0, 1 - torch.finfo(teacher.dtype).eps)
     student_tail = student.scatter(1, indices, -torch.inf).logsumexp(1)
-    in_top = _divergence(top, teacher + torch.log1p(-tail).unsqueeze(1))
-    return in_top + torch.xlogy(tail, tail) - tail * student_tail
+    return _divergence(top, teacher + torch.log1p(-tail).unsqueeze(1)) + _terms(student_tail, tail.log())
 
 
 def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:

@@ -18,10 +18,10 @@ from student_worker.errors import (
 
 _RETRYABLE = {
     grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a full queue, others' reserved budget, too many concurrent calls
     grpc.StatusCode.DEADLINE_EXCEEDED,  # of one attempt: the query's own deadline ends the retries
     grpc.StatusCode.CANCELLED,  # by the server, which is closing
 }
+_RETRYABLE_REASONS = {"QUEUE_FULL", "BUDGET_RESERVED"}
 _BY_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidQuery,
     grpc.StatusCode.FAILED_PRECONDITION: FingerprintChanged,
@@ -44,8 +44,13 @@ def translated(error: grpc.Call, address: str) -> TeacherError:
     """Our exception for gRPC's: by status code, RESOURCE_EXHAUSTED by the reason in its details."""
     code, text = error.code(), f"{address}: {error.details()}"
     reason, retry_after = _details(error)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason == "BUDGET_SPENT":
-        return BudgetSpent(text)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if reason == "BUDGET_SPENT":
+            return BudgetSpent(text)
+        # The last one is gRPC's own word, which comes without details; its others are about messages too large.
+        if reason in _RETRYABLE_REASONS or "Concurrent RPC limit" in text:
+            return Retryable(f"{code.name}: {text}", retry_after)
+        return InvalidQuery(text)
     if code in _RETRYABLE:
         return Retryable(f"{code.name}: {text}", retry_after)
     return _BY_CODE.get(code, TeacherFailed)(text)

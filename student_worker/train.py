@@ -5,14 +5,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from student_worker.config import Method, TrainSettings
-from student_worker.data import UNLABELLED, Dataset, epoch_order, labelled_subset, load
+from student_worker.config import DataConfig, Method, TrainSettings
+from student_worker.data import UNLABELLED, Dataset, Labels, Pixels, epoch_order, labelled_subset, load
 from student_worker.losses import distillation_loss, mixed_cross_entropy
 from student_worker.mixup import mix
 from student_worker.models import build
@@ -57,9 +56,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     data = load(settings.dataset, settings.data_directory)
-    labels = data.train_y
-    if settings.labelled:
-        labels = labelled_subset(labels, settings.labelled, settings.view_seed)
+    labels = known_labels(settings, data)
     device = _device(settings.device)
     channels, size, _ = data.shape
     student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
@@ -103,10 +100,17 @@ def train(
     return progress
 
 
+def known_labels(settings: DataConfig, data: Dataset) -> Labels:
+    """The training labels int64 [n] that a run may use; -1 for the others."""
+    if not settings.labelled:
+        return data.train_y
+    return labelled_subset(data.train_y, settings.labelled, settings.view_seed)
+
+
 def epoch_batches(
     settings: TrainSettings,
     data: Dataset,
-    labels: np.ndarray[Any, np.dtype[np.int64]],
+    labels: Labels,
     epoch: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -144,8 +148,8 @@ def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor
 def accuracy(
     student: nn.Module,
     normalised: Callable[[Tensor], Tensor],
-    x: np.ndarray[Any, np.dtype[np.uint8]],
-    y: np.ndarray[Any, np.dtype[np.int64]],
+    x: Pixels,
+    y: Labels,
     device: torch.device,
 ) -> float:
     """Top-1 on raw pixels x [n, c, h, w] with labels y [n], 0..1; leaves the student in eval mode."""

@@ -4,7 +4,6 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -16,6 +15,7 @@ from student_worker.answer import Answer
 from student_worker.errors import InvalidQuery
 from student_worker.losses import TopK, distillation_loss
 from student_worker.selection import Mixing, Recipe, ScoreMode, Selection, Transform
+from student_worker.threads import DaemonPool
 from student_worker.uncertainty import Strategy
 from student_worker.understanding import Understanding
 
@@ -132,7 +132,7 @@ class Unix:
         `depth` queries are in flight, in threads, while the student learns; scoring runs on the caller's thread, so a
         batch is selected by the student of `depth` steps before (0: by the student as it is, nothing is in flight).
         An error of the teacher is raised where its batch would be yielded. Closing the generator (contextlib.closing)
-        abandons what is pending and waits for the calls in flight; no thread outlives it.
+        abandons what is pending and waits for nobody: a call in flight ends with the teacher's answer, or its close().
         """
         if depth < 0:
             raise ValueError(f"depth is {depth}: it counts queries in flight, so give 0 or more")
@@ -141,7 +141,7 @@ class Unix:
     def _batches(self, loader: Iterable[Any], student: nn.Module, depth: int) -> Generator[Distilled, None, None]:
         self._refuse_while_pending()
         source = iter(loader)
-        pool = ThreadPoolExecutor(depth, thread_name_prefix="unix") if depth else None
+        pool = DaemonPool(depth, "unix") if depth else None
         try:
             while True:
                 while len(self._pending) <= depth and (batch := next(source, None)) is not None:
@@ -152,7 +152,7 @@ class Unix:
         finally:
             self._pending.clear()
             if pool is not None:
-                pool.shutdown(cancel_futures=True)
+                pool.close()
 
     def criterion(self, student_logits: Tensor, b: Distilled) -> Tensor:
         """The loss, a scalar: the mean over the k samples. `student_logits` is [k, c].
@@ -218,7 +218,7 @@ class Unix:
             for entry in state["pending"]
         )
 
-    def _ask(self, batch: Any, student: nn.Module, pool: ThreadPoolExecutor | None) -> _Query:
+    def _ask(self, batch: Any, student: nn.Module, pool: DaemonPool | None) -> _Query:
         x, y, index = _unpacked(batch)
         logits = None
         if self._replays:

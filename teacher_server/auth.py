@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from protos.conformance import check_job_name
+from protos.wire import MalformedMessage
 from teacher_server.errors import InvalidQuery, Unauthenticated
 
-_NAME = re.compile(r"[\w.:/+-]{1,128}")
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Caller(NamedTuple):
@@ -33,7 +35,7 @@ class Authenticator:
             words = line.partition("#")[0].split()
             if not words:
                 continue
-            if len(words) != 2 or not re.fullmatch(r"[0-9a-f]{64}", words[0]) or not _NAME.fullmatch(words[1]):
+            if len(words) != 2 or not re.fullmatch(r"[0-9a-f]{64}", words[0]) or not _TENANT.fullmatch(words[1]):
                 raise ValueError(f"{path}:{number}: expected 'SHA256-OF-TOKEN TENANT' (printf %s TOKEN | sha256sum)")
             tenants[words[0]] = words[1]
         return cls(tenants)
@@ -41,8 +43,10 @@ class Authenticator:
     def caller(self, metadata: Mapping[str, str]) -> Caller:
         """The caller that a call's metadata stands for. Raises Unauthenticated, or InvalidQuery for a bad job name."""
         job = metadata.get("preceptor-job") or "default"
-        if not _NAME.fullmatch(job):
-            raise InvalidQuery(f"preceptor-job: {job[:128]!r} is no job name; 1 to 128 letters, digits or . _ : / + -")
+        try:
+            check_job_name(job)
+        except MalformedMessage as error:
+            raise InvalidQuery(f"preceptor-job: {error}") from error
         if self._tenants is None:
             return Caller("default", job)
         scheme, _, token = metadata.get("authorization", "").partition(" ")

@@ -41,8 +41,7 @@ class Batcher:
     on_batch: called after each batch with the samples that it answered (0 if it failed) and its busy nanoseconds.
     on_device_lost: called once, when no batch will be computed any more; everything waiting has failed by then.
     clock: seconds, for delays and deadlines. busy_clock: nanoseconds, for the device's busy time; give it the
-    engine's own counter, and the times on all bills add up to that counter. patience: seconds that leaving the context
-    waits for what is queued; None: as long as it takes.
+    engine's own counter, and the times on all bills add up to that counter.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class Batcher:
         on_device_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         busy_clock: Callable[[], int] = time.perf_counter_ns,
-        patience: float | None = None,
     ) -> None:
         self._config = config
         self._compute = compute
@@ -62,7 +60,7 @@ class Batcher:
         self._on_device_lost = on_device_lost
         self._clock = clock
         self._busy_clock = busy_clock
-        self._patience_at_exit = patience
+        self._closed = False
         self._delay = config.max_queue_delay_microseconds / 1e6
         self._queue = FairQueue(turn=config.max_batch_size)
         self._changed = threading.Condition()  # guards all that follows, and the queue
@@ -79,7 +77,8 @@ class Batcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(self._patience_at_exit)
+        if not self._closed:
+            self.close()
 
     def drain(self) -> None:
         """From here on submit raises Draining; what is queued is computed without further delay. Returns at once."""
@@ -90,6 +89,7 @@ class Batcher:
     def close(self, timeout: float | None = None) -> bool:
         """Drains and waits. After `timeout` seconds the rest fails with Draining, and the answer is False."""
         self.drain()
+        self._closed = True
         if self._thread.is_alive():
             self._thread.join(timeout)
         with self._changed:

@@ -72,11 +72,15 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     max_samples_per_query: int = Field(default=4096, ge=1)
     """Largest query; clients split what is larger."""
     max_concurrent_calls: int = Field(default=1024, ge=1)
-    """gRPC calls under way at once; more are refused with RESOURCE_EXHAUSTED."""
+    """gRPC calls under way at once; more are refused with RESOURCE_EXHAUSTED. One tenant may have half of them."""
     drain_seconds: float = Field(default=30.0, ge=0)
-    """After SIGTERM: how long queued queries may take to finish before the process exits."""
+    """After SIGTERM: how long queued queries may take to finish; what is left then is refused and the process exits."""
     tokens_file: Path | None = None
     """Lines of `SHA256-OF-TOKEN TENANT`. Without it everyone is tenant `default`, on loopback only."""
+
+    def address(self, port: int) -> str:
+        """host:port, an IPv6 host in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 class ServeSettings(ModelConfig, EngineConfig, BatcherConfig, NetworkConfig, Settings, env_prefix="TEACHER_"):

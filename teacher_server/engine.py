@@ -66,9 +66,11 @@ class Engine:
                 if tensor.dim() == 4:
                     tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self._inputs = description.inputs
+        # Of pixels 0..255, so that (x / 255 - mean) / std is one subtraction and one division.
         self._statistics = {
             described.name: [
-                torch.tensor(values, dtype=torch.float32, device=self.device).reshape(
+                255
+                * torch.tensor(values, dtype=torch.float32, device=self.device).reshape(
                     -1, *(1,) * (len(described.shape) - 1)
                 )
                 for values in (described.normalisation.mean, described.normalisation.std)
@@ -156,7 +158,7 @@ class Engine:
             x = x.float()
             if name in self._statistics:
                 mean, std = self._statistics[name]
-                x = x.div_(255).sub_(mean).div_(std)
+                x = x.sub_(mean).div_(std)
         elif x.dtype == torch.float16:
             x = x.float()
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last and x.dim() == 4 else x

@@ -1,6 +1,9 @@
 """The contract over gRPC (asyncio), with health and reflection."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -16,17 +19,18 @@ from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
-from teacher_server.errors import TeacherServerError
+from teacher_server.errors import QueueFull, TeacherServerError
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
+_MAX_MESSAGE = 1000
 _Reply = TypeVar("_Reply")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcApp:
-    """`async with` binds the port; leaving refuses new calls and lets those under way finish for `drain_seconds`."""
+    """`async with` opens the port, NOT_SERVING until told otherwise; leaving cancels whatever is still under way."""
 
     def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics, config: NetworkConfig) -> None:
         self._config = config
@@ -39,30 +43,45 @@ class GrpcApp:
             ],
         )
         self._health = health.aio.HealthServicer()
-        teacher_pb2_grpc.add_TeacherServicer_to_server(_Servicer(service, authenticator, metrics), self._server)
+        self._servicer = _Servicer(service, authenticator, metrics, config.max_concurrent_calls)
+        teacher_pb2_grpc.add_TeacherServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.port = 0
 
     async def __aenter__(self) -> "GrpcApp":
         await self.set_serving(False)
-        self.port = self._server.add_insecure_port(f"{self._config.host}:{self._config.grpc_port}")
+        try:
+            self.port = self._server.add_insecure_port(self._config.address(self._config.grpc_port))
+        except RuntimeError as error:
+            address = self._config.address(self._config.grpc_port)
+            raise OSError(f"grpc_port: cannot bind {address}; is it taken? give another --grpc-port") from error
         await self._server.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.set_serving(False)
-        await self._server.stop(self._config.drain_seconds)
+        await self._server.stop(None)
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
 
+    async def idle(self) -> None:
+        """Waits until no call of the contract is under way; health and reflection streams do not count."""
+        await self._servicer.idle.wait()
+
 
 class _Servicer(teacher_pb2_grpc.TeacherServicer):
-    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:
+    def __init__(
+        self, service: Service, authenticator: Authenticator, metrics: Metrics, max_concurrent_calls: int
+    ) -> None:
         self._service, self._authenticator, self._metrics = service, authenticator, metrics
+        self._calls: Counter[str] = Counter()  # under way, by tenant
+        # Some stay free whatever one tenant does, for the others and for probes.
+        self._max_calls_of_a_tenant = max(1, max_concurrent_calls // 2)
+        self.idle = asyncio.Event()
+        self.idle.set()
 
     async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeResponse:
         return await self._answered("Describe", context, lambda _: self._service.describe(request))
@@ -83,11 +102,17 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         code = code_pb2.CANCELLED  # what stands when the client goes away: CancelledError passes through
         try:
             metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-            reply = await call(self._authenticator.caller(metadata))
+            caller = self._authenticator.caller(metadata)
+            with self._under_way(caller.tenant):
+                reply = await call(caller)
             code = code_pb2.OK
         except TeacherServerError as error:
             code = error.code
             await context.abort_with_status(rpc_status.to_status(_status(error)))
+            raise
+        except asyncio.CancelledError:
+            if (remaining := context.time_remaining()) is not None and remaining <= 0:
+                code = code_pb2.DEADLINE_EXCEEDED
             raise
         except Exception:
             code = code_pb2.INTERNAL
@@ -97,6 +122,25 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         finally:
             self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
 
+    @contextmanager
+    def _under_way(self, tenant: str) -> Iterator[None]:
+        if self._calls[tenant] >= self._max_calls_of_a_tenant:
+            raise QueueFull(
+                f"tenant {tenant!r} has {self._calls[tenant]} calls under way, the most that one may "
+                "(half of --max-concurrent-calls); ask again when some have been answered",
+                retry_after=0.1,
+            )
+        self._calls[tenant] += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._calls[tenant] -= 1
+            if not self._calls[tenant]:
+                del self._calls[tenant]
+            if not self._calls:
+                self.idle.set()
+
 
 def _status(error: TeacherServerError) -> status_pb2.Status:
     """google.rpc.Status with an ErrorInfo (the reason) and, where there is a hint when to retry, a RetryInfo."""
@@ -105,7 +149,10 @@ def _status(error: TeacherServerError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=error.code, message=str(error))
+    text = str(error)
+    if len(text) > _MAX_MESSAGE:  # it travels in the trailers, which gRPC bounds; beyond, the code itself is lost
+        text = f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)"
+    status = status_pb2.Status(code=error.code, message=text)
     for detail in details:
         status.details.add().Pack(detail)
     return status

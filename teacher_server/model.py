@@ -118,7 +118,7 @@ def fingerprint(
 ) -> str:
     """32 hex digits (BLAKE3-128) over all that decides an answer and can be known without the hardware.
 
-    That is: factory and arguments, every tensor of the state dict by name, dtype, shape and bytes, each input's name,
+    That is: factory and arguments, every parameter and buffer by name, dtype, shape and bytes, each input's name,
     shape and normalisation, and the precision policy. Each part carries its length, so that no two lists of parts
     read the same. The factory's code is not in it: rename the factory when its arithmetic changes.
     """
@@ -130,7 +130,8 @@ def fingerprint(
 
     part(factory.encode())
     part(json.dumps(arguments, sort_keys=True).encode())
-    state = module.state_dict()
+    # A buffer that is not persistent stands in no state dict, but decides answers all the same.
+    state = {**module.state_dict(), **dict(module.named_buffers())}
     part(struct.pack("<Q", len(state)))
     for name, tensor in sorted(state.items()):
         part(name.encode())

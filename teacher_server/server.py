@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
@@ -49,7 +49,10 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         service.drain("the device is lost")
         loop.call_soon_threadsafe(device_lost.set)
 
-    async with HttpApp(service, metrics, settings) as http:
+    async with (
+        HttpApp(service, authenticator, metrics, settings) as http,
+        GrpcApp(service, authenticator, metrics, settings) as grpc,
+    ):
         teacher = await asyncio.to_thread(load, settings, settings)
         teacher.description.limits.CopyFrom(
             pb.Limits(
@@ -66,30 +69,35 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             on_batch=metrics.batch,
             on_device_lost=lose_device,
             busy_clock=lambda: engine.busy_nanoseconds,
-            patience=settings.drain_seconds,
         ) as batcher:
-            async with GrpcApp(service, authenticator, metrics, settings) as grpc:
-                service.serve(Served(teacher.description, batcher))
-                await grpc.set_serving(True)
-                try:
-                    yield RunningServer(
-                        teacher.description,
-                        f"{settings.host}:{grpc.port}",
-                        f"{settings.host}:{http.port}",
-                        device_lost,
-                    )
-                finally:
-                    service.drain("draining")
-                    batcher.drain()
+            service.serve(Served(teacher.description, batcher))
+            await grpc.set_serving(True)
+            try:
+                yield RunningServer(
+                    teacher.description,
+                    settings.address(grpc.port),
+                    settings.address(http.port),
+                    device_lost,
+                )
+            finally:
+                end = loop.time() + settings.drain_seconds
+                service.drain("draining")
+                batcher.drain()
+                await grpc.set_serving(False)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
+                await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
 
 
 async def serve(settings: ServeSettings) -> int:
-    """Serves until SIGTERM or SIGINT (status 0), or until the device is lost (status 1)."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    """Serves until SIGTERM or SIGINT (status 0), or until the device is lost (status 1).
+
+    Until the teacher is loaded nobody waits for an answer, and signals do what they do by default.
+    """
     async with teacher_server(settings) as server:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         print(  # noqa: T201 - the one line that says where the ports are, for people and scripts
             f"teacher-server: ready, grpc {server.grpc_address}, http {server.http_address}, "
             f"teacher {server.description.name} ({server.description.fingerprint}), "

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -92,10 +93,49 @@ def doomed() -> nn.Module:
     return Doomed()
 
 
+class Wordy(Doomed):
+    """Says very much when it fails, at a batch of 13."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 13:
+            raise ValueError("no " * 8334)
+        return self.net(x)
+
+
+def wordy() -> nn.Module:
+    return Wordy()
+
+
+class Stuck(Doomed):
+    """Never comes back from a batch of 13."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 13:
+            threading.Event().wait()
+        return self.net(x)
+
+
+def stuck() -> nn.Module:
+    return Stuck()
+
+
+LOADING = threading.Event()
+LOADING.set()
+
+
+def slow() -> nn.Module:
+    """Takes until LOADING is set to be made."""
+    LOADING.wait(60)
+    return tiny()
+
+
 FACTORIES = {
     "tiny": ("tests.teachers:tiny", tiny),
     "gated": ("tests.serving:gated", gated),
     "doomed": ("tests.serving:doomed", doomed),
+    "wordy": ("tests.serving:wordy", wordy),
+    "stuck": ("tests.serving:stuck", stuck),
+    "slow": ("tests.serving:slow", slow),
 }
 
 
@@ -104,6 +144,13 @@ def arguments(folder: Path, teacher: str = "tiny") -> dict[str, object]:
     model, factory = FACTORIES[teacher]
     weights = save(factory(), folder / f"{teacher}.safetensors", TINY)
     return {"model": model, "weights": weights, "grpc_port": 0, "http_port": 0, "threads": 1}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 @contextmanager

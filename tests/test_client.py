@@ -1,7 +1,9 @@
 """TeacherClient against real servers: what it sends, what it refuses, when it retries, and its own exceptions."""
 
 import itertools
-import socket
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from student_worker.errors import (
     UnknownTeacher,
 )
 from student_worker.losses import TopK, distillation_loss
-from tests.serving import GATE, Gated, arguments, serving, until
+from tests.serving import GATE, ROOT, Gated, arguments, free_port, process, serving, until
 from tests.teachers import TINY, save, save_pair, save_picky, tiny
 from tests.test_server import direct, metric, pixels
 
@@ -41,11 +43,6 @@ def job():
 def client(server, job):
     with TeacherClient(server.grpc_address, job=job) as client:
         yield client
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 # ---------------------------------------------------------------- answers
@@ -78,29 +75,67 @@ def test_top_k_answers_bound_the_dense_loss(server, client):
         torch.testing.assert_close(half.label(x).logits, client.label(x).logits, rtol=1e-3, atol=1e-2)
 
 
-def test_what_is_larger_than_a_message_is_split_and_put_together_again(tmp_path):
-    settings = arguments(tmp_path) | {"max_message_bytes": 2**17}  # room for about 340 samples
-    with serving(**settings) as server, TeacherClient(server.grpc_address, job="split", window=3) as client:
-        x = pixels(1500)
-        answer = client.label(x)
-        np.testing.assert_allclose(answer.logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
-        assert len(answer.sources) == answer.cost.samples == 1500
-        assert metric(server, "preceptor_requests_total", call="Label", code="OK") == 5
-        assert metric(server, "preceptor_asked_samples_total", job="split") == 1500
-    with serving(**settings | {"max_message_bytes": 2**16}) as server, TeacherClient(server.grpc_address) as client:
-        with pytest.raises(InvalidQuery, match="raise its --max-message-bytes"):
+def test_bulk_data_goes_in_parts_of_a_few_batches_under_the_message_limit(tmp_path):
+    for limit, parts in ((2**17, 5), (2**26, 6)):  # room for about 340 samples; four batches of 64
+        with (
+            serving(**arguments(tmp_path), max_message_bytes=limit) as server,
+            TeacherClient(server.grpc_address, job="split", window=3) as client,
+        ):
+            x = pixels(1500)
+            answer = client.label(x)
+            np.testing.assert_allclose(answer.logits.numpy(), direct(x), rtol=1e-4, atol=1e-4)
+            assert len(answer.sources) == answer.cost.samples == 1500
+            assert metric(server, "preceptor_requests_total", call="Label", code="OK") >= parts
+            assert metric(server, "preceptor_asked_samples_total", job="split") == 1500
+    with serving(**arguments(tmp_path), max_message_bytes=2**16) as server:
+        with TeacherClient(server.grpc_address) as client, pytest.raises(InvalidQuery, match="raise its --max-message"):
             client.label(pixels(1))
+
+
+def test_bulk_data_does_not_crowd_itself_out(tmp_path):
+    """More than a job's queue holds, sent by one label(): its own parts wait for one another, and are asked once."""
+    settings = arguments(tmp_path) | {"max_queue_size": 256, "max_batch_size": 8}
+    with serving(**settings) as server, TeacherClient(server.grpc_address, job="bulk") as client:
+        assert len(client.label(pixels(2000)).sources) == 2000
+        assert metric(server, "preceptor_asked_samples_total", job="bulk") == 2000
+        assert metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED") == 0
+
+
+def test_once_a_part_has_failed_no_other_is_sent(tmp_path):
+    with serving(**arguments(tmp_path, "gated"), max_batch_size=1) as server:
+        with TeacherClient(server.grpc_address, job="stopped", window=1) as client, ThreadPoolExecutor(1) as other:
+            client.describe()
+            x = np.zeros((40, 3, 8, 8), np.float32)  # ten parts
+            with GATE.shut():
+                future = other.submit(client.submit, x)  # blocks: one part in flight, one waiting for the window
+                assert GATE.reached.acquire(timeout=30)
+                client._description.fingerprint = "0" * 32  # the next ones are refused
+            with pytest.raises(FingerprintChanged):
+                future.result(30).result(30)
+            assert metric(server, "preceptor_asked_samples_total", job="stopped") <= 8
+
+
+def test_a_query_can_be_cancelled(tmp_path):
+    with serving(**arguments(tmp_path, "gated"), max_batch_size=1) as server:
+        with TeacherClient(server.grpc_address, job="cancelled", window=20) as client:
+            client.describe()
+            with GATE.shut():
+                future = client.submit(pixels(40))
+                assert GATE.reached.acquire(timeout=30)
+                assert future.cancel()
+            assert future.cancelled()
+            assert len(client.label(pixels(1)).sources) == 1
 
 
 def test_a_window_of_queries_is_in_flight_and_submit_waits_for_room(tmp_path):
     with serving(**arguments(tmp_path, "gated"), max_batch_size=2) as server:
         with TeacherClient(server.grpc_address, job="window", window=3) as client, ThreadPoolExecutor(1) as other:
-            GATE.open.clear()
-            futures = [client.submit(pixels(2, seed=i)) for i in range(3)]
-            fourth = other.submit(client.submit, pixels(2, seed=3))
-            until(lambda: metric(server, "preceptor_asked_samples_total", job="window") >= 6)
-            assert not fourth.done()
-            GATE.open.set()
+            client.describe()
+            with GATE.shut():
+                futures = [client.submit(pixels(2, seed=i)) for i in range(3)]
+                fourth = other.submit(client.submit, pixels(2, seed=3))
+                until(lambda: metric(server, "preceptor_asked_samples_total", job="window") >= 6)
+                assert not fourth.done()
             for i, future in enumerate([*futures, fourth.result(30)]):
                 np.testing.assert_allclose(
                     future.result(30).logits.numpy(), direct(pixels(2, seed=i)), rtol=1e-4, atol=1e-4
@@ -111,16 +146,15 @@ def test_a_closed_client_says_so_and_lets_nobody_wait(tmp_path):
     with serving(**arguments(tmp_path, "gated")) as server:
         client = TeacherClient(server.grpc_address)
         client.describe()
-        GATE.open.clear()
-        future = client.submit(pixels(1))
-        assert GATE.reached.acquire(timeout=30)
-        client.close()
-        GATE.open.set()
-        with pytest.raises(TeacherUnavailable):
-            future.result(10)
+        with GATE.shut():
+            future = client.submit(pixels(1))
+            assert GATE.reached.acquire(timeout=30)
+            client.close()
+            with pytest.raises(TeacherUnavailable):
+                future.result(10)
         with pytest.raises(TeacherUnavailable, match="closed"):
             client.label(pixels(1))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher-client")]
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("teacher-client")])
 
 
 # ---------------------------------------------------------------- refusals
@@ -138,6 +172,8 @@ def test_a_closed_client_says_so_and_lets_nobody_wait(tmp_path):
         ({"image": pixels(2)}, r"got \['image'\]"),
         ({"x": pixels(2), "y": pixels(3)}, "differ"),
         (torch.tensor(1.0), "holds no sample"),
+        ([[1.0]], "a list cannot be sent"),
+        (None, "a NoneType cannot be sent"),
     ],
 )
 def test_samples_that_contradict_the_description_never_leave(client, server, job, x, words):
@@ -160,13 +196,22 @@ def test_unknown_teachers_and_wrong_addresses_are_told(server):
         with pytest.raises(UnknownTeacher, match="'other' is not served here"):
             client.label(pixels(1))
     with TeacherClient(f"127.0.0.1:{free_port()}", timeout=0.5) as client:
-        with pytest.raises(TeacherUnavailable, match=r"UNAVAILABLE: 127\.0\.0\.1:\d+.*gave up after 0.5 s"):
+        with pytest.raises(TeacherUnavailable, match=r"UNAVAILABLE: 127\.0\.0\.1:\d+.*of at most 0\.5"):
             client.describe()
     for wrong in ("", "a:1,,b:2"):
         with pytest.raises(ValueError, match="names no server"):
             TeacherClient(wrong)
-    with pytest.raises(ValueError, match="window"):
-        TeacherClient("a:1", window=0)
+    for wrong, words in (
+        ({"window": 0}, "window"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"encoding": "bf16"}, "encoding is 'bf16'"),
+        ({"encoding": "top_k"}, "k of at least 1"),
+        ({"k": -1}, "k -1"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"job": "späte"}, "job 'späte'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TeacherClient("a:1", **wrong)
 
 
 def test_a_token_that_is_missing_is_not_retried(tmp_path):
@@ -199,15 +244,15 @@ def test_a_full_queue_is_waited_for(tmp_path):
     settings = arguments(tmp_path, "gated") | {"max_queue_size": 8, "max_batch_size": 8}
     with serving(**settings) as server, TeacherClient(server.grpc_address, job="patient", window=6) as client:
         client.describe()
-        GATE.open.clear()
-        futures = [client.submit(pixels(8, seed=i)) for i in range(6)]
-        until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
-        GATE.open.set()
+        with GATE.shut():
+            futures = [client.submit(pixels(8, seed=i)) for i in range(6)]
+            until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
         for i, future in enumerate(futures):
             np.testing.assert_allclose(
                 future.result(30).logits.numpy(), direct(pixels(8, seed=i)), rtol=1e-4, atol=1e-4
             )
         assert metric(server, "preceptor_samples_total", job="patient") == 48
+        assert metric(server, "preceptor_asked_samples_total", job="patient") == 48  # what was refused was not asked
 
 
 def test_the_next_address_takes_over(tmp_path):
@@ -227,12 +272,10 @@ def test_a_server_that_hangs_is_left_for_the_next(tmp_path, server):
     with serving(**arguments(tmp_path, "gated")) as hung:
         with TeacherClient([hung.grpc_address, server.grpc_address], job="hung", timeout=4) as client:
             client.describe()
-            GATE.open.clear()
             before = len(Gated.batches)
-            with pytest.raises(FingerprintChanged, match="begin a new run"):  # `gated` and `tiny` differ by name
+            with GATE.shut(), pytest.raises(FingerprintChanged, match="begin a new run"):  # they differ by name
                 client.label(pixels(2))
             assert Gated.batches[before:] == [2]
-            GATE.open.set()
 
 
 def test_a_server_that_comes_back_is_found_again(tmp_path):
@@ -304,3 +347,32 @@ def test_a_reply_that_makes_no_sense_is_an_error_of_the_teacher(reply, error, wo
             client.label(pixels(2))
     finally:
         liar.stop(0).wait()
+
+
+FIVE_LINES = """
+import sys
+import torch
+from student_worker import TeacherClient, Unix
+
+student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+teacher = TeacherClient(sys.argv[1])
+unix = Unix(teacher, to_student=lambda x: x.float())
+for b in unix.batches([torch.zeros(8, 3, 8, 8, dtype=torch.uint8)] * 1_000_000, student):
+    unix.criterion(student(b.x), b).backward()
+    print("step", flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_loop_whose_teacher_hangs(tmp_path):
+    with process(**arguments(tmp_path)) as (server, address, _):
+        command = [sys.executable, "-c", FIVE_LINES, address]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as loop:
+            try:
+                assert loop.stdout.readline() == "step\n"
+                server.send_signal(signal.SIGSTOP)
+                loop.send_signal(signal.SIGINT)
+                _, errors = loop.communicate(timeout=15)
+            finally:
+                loop.kill()
+        assert "KeyboardInterrupt" in errors
+        assert loop.returncode in {1, 130, -signal.SIGINT}

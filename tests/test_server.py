@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
@@ -24,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc, wire
-from tests.serving import GATE, ROOT, Gated, arguments, process, serving, until
+from tests.serving import GATE, LOADING, ROOT, Gated, arguments, free_port, process, serving, until
 from tests.teachers import TINY, save, save_pair, save_picky, tiny
 
 LARGE = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -78,9 +80,15 @@ def refusal(call, request, **options):
     return error.code(), error.details(), reason, wait
 
 
-def get(server, path):
-    with urllib.request.urlopen(f"http://{server.http_address}{path}", timeout=10) as reply:
+def page(address, path="/metrics", **headers):
+    with urllib.request.urlopen(
+        urllib.request.Request(f"http://{address}{path}", headers=headers), timeout=10
+    ) as reply:
         return reply.read().decode()
+
+
+def get(server, path, **headers):
+    return page(server.http_address, path, **headers)
 
 
 def metric(server, name, **labels):
@@ -166,6 +174,8 @@ def test_several_named_inputs_are_served(tmp_path):
 
 # ---------------------------------------------------------------- refusals
 
+TOP_1 = pb.OutputSpec(name="logits", encoding=pb.ENCODING_TOP_K, k=1)
+
 
 def changed(x, where, value):
     x = x.astype(np.float32) * 0
@@ -199,13 +209,24 @@ def changed(x, where, value):
         (asking(pixels(1), outputs=[pb.OutputSpec(name="features.3")]), "UNIMPLEMENTED", "'features.3' is not served"),
         (asking(pixels(1), outputs=[pb.OutputSpec(name="logits", encoding=9)]), "UNIMPLEMENTED", "Encoding 9"),
         (asking(pixels(1), outputs=[pb.OutputSpec(name="logits", encoding=3)]), "INVALID_ARGUMENT", "k: 0 is outside"),
+        (
+            asking(pixels(1), outputs=[pb.OutputSpec(name="logits")] * 5),
+            "INVALID_ARGUMENT",
+            "5 given; ask for at most 4",
+        ),
+        (asking(pixels(1), outputs=[TOP_1] * 20_000), "INVALID_ARGUMENT", "at most 16384 beside the tensors' data"),
+        (pb.LabelRequest(inputs=[pb.Tensor()] * 10_000), "INVALID_ARGUMENT", "at most 16384 beside the tensors' data"),
+        (asking(pixels(1), teacher="x" * 10_000), "NOT_FOUND", "characters)"),
+        (asking(pixels(1), expected_fingerprint="x" * 10_000), "FAILED_PRECONDITION", "teacher 'teacher' is"),
         (asking(pixels(1), cache_mode=7), "UNIMPLEMENTED", "CacheMode 7"),
         (pb.LabelRequest(inputs=[pb.Tensor(name="x", dtype=9, shape=[1])]), "UNIMPLEMENTED", "DataType 9"),
         (pb.LabelRequest.FromString(bytes([0xF8, 0x07, 0x01])), "UNIMPLEMENTED", "field number 127"),
     ],
 )
-def test_bad_queries_get_the_thing_the_value_and_the_code(stub, request_, code, words):
-    given, details, reason, _ = refusal(stub.Label, request_)
+def test_bad_queries_get_the_thing_the_value_and_the_code_and_are_not_asked(stub, server, request_, code, words):
+    job = [("preceptor-job", "bad")]
+    given, details, reason, _ = refusal(stub.Label, request_, metadata=job)
+    assert metric(server, "preceptor_asked_samples_total", job="bad") == 0
     assert given.name == code
     assert words in details
     assert reason
@@ -241,6 +262,25 @@ def test_messages_beyond_grpcs_default_pass_and_those_beyond_the_limit_do_not(tm
         with stub_at(server.grpc_address) as stub:
             assert len(stub.Label(asking(pixels(25_000))).sources) == 25_000  # 4.8 MB
             assert refusal(stub.Label, asking(pixels(50_000)))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            # A reply would be too large: told before anything is computed.
+            outputs = [pb.OutputSpec(name="logits", encoding=pb.ENCODING_TOP_K, k=10)] * 4
+            code, details, *_ = refusal(
+                stub.Label, asking(pixels(40_000), outputs=outputs), metadata=[("preceptor-job", "large")]
+            )
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "the reply to 40000 samples would take" in details
+            assert metric(server, "preceptor_asked_samples_total", job="large") == 0
+
+
+def test_an_error_of_any_length_keeps_its_code(tmp_path):
+    with (
+        serving(**arguments(tmp_path, "wordy")) as server,
+        stub_at(server.grpc_address) as stub,
+    ):
+        code, details, reason, _ = refusal(stub.Label, asking(np.full((13, 3, 8, 8), 0, np.uint8)))
+        assert (code, reason) == (grpc.StatusCode.INTERNAL, "FORWARD_FAILED")
+        assert "(25" in details
+        assert "characters)" in details
 
 
 # ---------------------------------------------------------------- who asks
@@ -259,6 +299,14 @@ def test_tokens_name_the_tenant_and_without_one_nobody_gets_in(tmp_path):
             assert code is grpc.StatusCode.UNAUTHENTICATED
             assert "t3" not in details
         assert refusal(stub.Describe, pb.DescribeRequest())[0] is grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(server, "/v1/teacher")
+        assert (refused.value.code, json.load(refused.value)["reason"]) == (401, "UNAUTHENTICATED")
+        page = urllib.request.Request(
+            f"http://{server.http_address}/v1/teacher", headers={"Authorization": "Bearer t1"}
+        )
+        with urllib.request.urlopen(page, timeout=10) as reply:
+            assert json.load(reply)["teachers"]
         assert metric(server, "preceptor_requests_total", call="Label", code="UNAUTHENTICATED") == 3
 
 
@@ -340,6 +388,25 @@ def test_a_full_queue_refuses_its_own_job_with_a_hint_and_nobody_else(tmp_path):
         assert len(waiting.result(30).sources) == 90
 
 
+def test_one_tenants_calls_leave_room_for_the_others(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {t}\n" for t in ("greedy", "modest")))
+    settings = arguments(tmp_path, "gated") | {"tokens_file": file, "max_concurrent_calls": 8}
+    greedy, modest = ([("authorization", f"Bearer {tenant}")] for tenant in ("greedy", "modest"))
+    with serving(**settings) as server, stub_at(server.grpc_address) as stub:
+        with GATE.shut():
+            calls = [stub.Label.future(asking(pixels(1)), metadata=greedy) for _ in range(4)]
+            until(lambda: metric(server, "preceptor_asked_samples_total", tenant="greedy") == 4)
+            code, details, reason, wait = refusal(stub.Label, asking(pixels(1)), metadata=greedy)
+            assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            assert "4 calls under way" in details
+            assert wait > 0
+            other = stub.Label.future(asking(pixels(1)), metadata=modest)
+            until(lambda: metric(server, "preceptor_asked_samples_total", tenant="modest") == 1)
+        for call in [*calls, other]:
+            assert len(call.result(30).sources) == 1
+
+
 def test_what_is_late_or_cancelled_is_dropped_before_it_is_computed(tmp_path):
     with serving(**arguments(tmp_path, "gated")) as server, stub_at(server.grpc_address) as stub, GATE.shut():
         first = stub.Label.future(asking(pixels(1)))
@@ -356,21 +423,64 @@ def test_what_is_late_or_cancelled_is_dropped_before_it_is_computed(tmp_path):
         stub.Label(asking(pixels(5)))
         assert Gated.batches[before:] == [5]
         assert metric(server, "preceptor_samples_total", job="gone") == 0
-        assert metric(server, "preceptor_requests_total", call="Label", code="CANCELLED") >= 1
+        for code in ("CANCELLED", "DEADLINE_EXCEEDED"):
+            assert metric(server, "preceptor_requests_total", call="Label", code=code) == 1
 
 
 # ---------------------------------------------------------------- starting and stopping
 
 
 def test_sigterm_finishes_what_is_queued_refuses_the_rest_and_exits_0(tmp_path):
-    with process(**arguments(tmp_path), drain_seconds=20) as (server, address, _), stub_at(address) as stub:
-        calls = [stub.Label.future(asking(pixels(1000, seed=i))) for i in range(4)]
-        calls[0].result(30)
-        server.send_signal(signal.SIGTERM)
-        outcomes = ["answered" if call.exception(30) is None else call.code().name for call in calls[1:]]
-        assert set(outcomes) <= {"answered", "UNAVAILABLE"}
-        assert server.wait(20) == 0
+    with process(**arguments(tmp_path), drain_seconds=30) as (server, address, http), stub_at(address) as stub:
+        with grpc.insecure_channel(address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            metadata = [("preceptor-job", "queued")]
+            calls = [stub.Label.future(asking(pixels(4000, seed=i)), metadata=metadata) for i in range(1)]
+            until(lambda: "preceptor_asked_samples_total" in page(http) and 'job="queued"' in page(http))
+            began = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert [len(call.result(30).sources) for call in calls] == [4000]
+            assert server.wait(20) == 0
+            assert time.monotonic() - began < 20  # a watcher that stays does not hold it for the whole drain
         assert refusal(stub.Label, asking(pixels(1)))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_drain_ends_in_time_even_when_a_batch_does_not(tmp_path):
+    with process(**arguments(tmp_path, "stuck"), drain_seconds=1) as (server, address, _), stub_at(address) as stub:
+        call = stub.Label.future(asking(pixels(13)))
+        stub.Describe(pb.DescribeRequest())
+        until(call.running)
+        time.sleep(0.3)  # to be with the device; if it is not yet, the drain is only easier
+        began = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert time.monotonic() - began < 10
+        assert call.exception(10).code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_probes_and_refusals_while_the_teacher_loads(tmp_path):
+    """Both ports are open before the weights are read: nobody is left to guess."""
+    settings = arguments(tmp_path, "slow") | {"grpc_port": free_port(), "http_port": free_port()}
+    with ThreadPoolExecutor(1) as other:
+        LOADING.clear()
+        loading = other.submit(lambda: serving(**settings).__enter__())
+        try:
+            address = f"127.0.0.1:{settings['grpc_port']}"
+            with stub_at(address) as stub, grpc.insecure_channel(address) as channel:
+                code, details, reason, _ = refusal(stub.Describe, pb.DescribeRequest(), wait_for_ready=True)
+                assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+                assert "loading the teacher" in details
+                assert refusal(stub.Label, asking(pixels(1)))[0] is grpc.StatusCode.UNAVAILABLE
+                health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                with pytest.raises(urllib.error.HTTPError) as unready:
+                    page(f"127.0.0.1:{settings['http_port']}", "/readyz")
+                assert (unready.value.code, unready.value.read()) == (503, b"loading the teacher\n")
+        finally:
+            LOADING.set()
+        assert loading.result(30).grpc_address == address
 
 
 def test_a_draining_server_is_not_ready_and_keeps_its_word(tmp_path):
@@ -438,10 +548,24 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path, change, words
 def test_a_port_that_is_taken_is_an_error(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for key in ("grpc_port", "http_port"):
-            with pytest.raises((OSError, RuntimeError), match=f"{port}|in use"):
-                with serving(**arguments(tmp_path) | {key: port}):
-                    pass
+        for key, words in (("grpc_port", "--grpc-port"), ("http_port", "in use")):
+            with pytest.raises(OSError, match=words), serving(**arguments(tmp_path) | {key: port}):
+                pass
+
+
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback: sysctl net.ipv6.conf.lo.disable_ipv6=0")
+def test_ipv6_loopback_is_served(tmp_path):
+    with serving(**arguments(tmp_path), host="::1") as server, stub_at(server.grpc_address) as stub:
+        assert len(stub.Label(asking(pixels(2))).sources) == 2
+        assert get(server, "/readyz") == "ok\n"
 
 
 def test_describe_lists_weights_of_another_shape_before_serving(tmp_path):

@@ -103,38 +103,37 @@ def test_eight_students_of_whom_three_misbehave(tmp_path):
     tokens.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {t}\n" for t in ("white", "greedy")))
     settings = arguments(tmp_path, "gated") | {"tokens_file": tokens, "max_tenant_queue_size": 600}
     with serving(**settings) as server:
-        GATE.open.clear()
-        address = server.grpc_address
-        victim = subprocess.Popen([sys.executable, "-c", VICTIM, address], cwd=ROOT)
-        greedy = TeacherClient(address, job="flood", token="greedy", window=40, timeout=2)
-        floods = [greedy.submit(pixels(64, seed=i)) for i in range(20)]
-        until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
-        # Of 50 samples and a first batch of 64, some of the victim's may be with the device already.
-        until(lambda: metric(server, "preceptor_asked_samples_total", job="victim"))
-        victim.kill()
-        assert victim.wait(10) == -9
+        with GATE.shut():
+            address = server.grpc_address
+            victim = subprocess.Popen([sys.executable, "-c", VICTIM, address], cwd=ROOT)
+            greedy = TeacherClient(address, job="flood", token="greedy", window=40, timeout=2)
+            floods = [greedy.submit(pixels(64, seed=i)) for i in range(20)]
+            until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
+            # Of 50 samples and a first batch of 64, some of the victim's may be with the device already.
+            until(lambda: metric(server, "preceptor_asked_samples_total", job="victim"))
+            victim.kill()
+            assert victim.wait(10) == -9
 
-        students = [Student(address, f"student-{i}", "white") for i in range(5)]
-        for student in students:
-            student.start()
-        with TeacherClient(address, job="rubbish", token="white") as rubbish:
-            for wrong in (np.zeros((2, 3, 7, 8), np.uint8), np.full((2, 3, 8, 8), np.inf, np.float32)):
-                with pytest.raises(InvalidQuery):
-                    rubbish.label(wrong)
-            described = rubbish.describe()  # past the client's own check, to the server's
-            described.inputs[0].ClearField("minimum")
-            described.inputs[0].ClearField("maximum")
-            for _ in range(20):
-                with pytest.raises(InvalidQuery, match="leave the teacher's range"):
-                    rubbish.label(np.full((2, 3, 8, 8), 1e9, np.float32))
-        GATE.open.set()
+            students = [Student(address, f"student-{i}", "white") for i in range(5)]
+            for student in students:
+                student.start()
+            with TeacherClient(address, job="rubbish", token="white") as rubbish:
+                for wrong in (np.zeros((2, 3, 7, 8), np.uint8), np.full((2, 3, 8, 8), np.inf, np.float32)):
+                    with pytest.raises(InvalidQuery):
+                        rubbish.label(wrong)
+                described = rubbish.describe()  # past the client's own check, to the server's
+                described.inputs[0].ClearField("minimum")
+                described.inputs[0].ClearField("maximum")
+                for _ in range(20):
+                    with pytest.raises(InvalidQuery, match="leave the teacher's range"):
+                        rubbish.label(np.full((2, 3, 8, 8), 1e9, np.float32))
         for student in students:
             student.join(60)
         for student in students:
             assert student.error is None, f"{student.name}: {student.error!r}"
             assert student.asked == 6 * 48
             assert metric(server, "preceptor_samples_total", tenant="white", job=student.name) == 6 * 48
-        outcomes = [future.exception(60) for future in floods]
-        assert any(isinstance(outcome, TeacherUnavailable) for outcome in outcomes) or None in outcomes
+        for future in floods:  # answered in the end, or given up for lack of room: nothing else
+            assert isinstance(future.exception(60), TeacherUnavailable | None)
         assert metric(server, "preceptor_samples_total", tenant="white", job="rubbish") == 0
         greedy.close()

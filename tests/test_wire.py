@@ -194,11 +194,21 @@ def test_a_class_outside_the_answer_is_refused():
 
 def test_unusable_requests_name_the_fix():
     with pytest.raises(wire.MalformedMessage, match=r"outputs.k: 0 is outside 1\.\.4"):
-        wire.encode_answers(LOGITS, pb.OutputSpec(encoding=pb.ENCODING_TOP_K))
+        wire.check_spec(pb.OutputSpec(encoding=pb.ENCODING_TOP_K), classes=4)
+    with pytest.raises(wire.MalformedMessage, match=r"outputs.temperature: nan"):
+        wire.check_spec(pb.OutputSpec(encoding=pb.ENCODING_TOP_K, k=4, temperature=float("nan")), classes=4)
     with pytest.raises(wire.MalformedMessage, match="ask for FLOAT32"):
         wire.encode_answers(LOGITS * 1e5, pb.OutputSpec(encoding=pb.ENCODING_FLOAT16))
     with pytest.raises(wire.MalformedMessage, match="float64 has no place"):
         wire.encode_tensor("x", np.zeros((1, 1)))
+
+
+@given(st.integers(1, 50), st.integers(1, 300), st.sampled_from([1, 2, 3]), st.data())
+def test_a_replys_size_is_known_before_it_is_made(n, classes, encoding, data):
+    spec = pb.OutputSpec(name="logits", encoding=encoding, k=data.draw(st.integers(1, classes)), temperature=4)
+    answers = wire.encode_answers(np.zeros((n, classes), np.float32), spec)
+    reply = pb.LabelResponse(fingerprint="f" * 32, answers=[answers], sources=[pb.SOURCE_COALESCED] * n)
+    assert reply.ByteSize() <= wire.answers_bytes(spec, n, classes) <= reply.ByteSize() + 1024
 
 
 def test_unknown_values_are_told_apart_from_malformed_ones():

@@ -181,17 +181,17 @@ def test_normalisation_applied_twice_by_the_teacher_stops_the_training(doubly_no
 
 def test_check_passes_the_right_teacher(teacher, data):
     with TeacherClient(teacher.grpc_address, job="check") as client:
-        assert "understands two-digits: top-1 " in check(client, data, 256)
+        assert "understands two-digits: top-1 " in check(client, data, data.train_y, 256)
 
 
 def test_check_names_the_culprit(teacher, doubly_normalising, data):
     with TeacherClient(teacher.grpc_address, job="check") as client:
         with pytest.raises(TeacherMisunderstands, match="channels in reverse order the same samples give"):
-            check(client, replace(data, train_x=np.ascontiguousarray(data.train_x[:, ::-1])), 256)
+            check(client, replace(data, train_x=np.ascontiguousarray(data.train_x[:, ::-1])), data.train_y, 256)
         with pytest.raises(TeacherMisunderstands, match="Likely culprit: class order"):
-            check(client, replace(data, train_y=(data.train_y + 1) % 10), 256)
+            check(client, data, (data.train_y + 1) % 10, 256)
         with pytest.raises(TeacherMisunderstands, match="class order: the teacher's classes are"):
-            check(client, replace(data, class_names=data.class_names[::-1]), 256)
+            check(client, replace(data, class_names=data.class_names[::-1]), data.train_y, 256)
     with TeacherClient(doubly_normalising.grpc_address, job="check") as client:
         with pytest.raises(TeacherMisunderstands, match="normalisation"):
-            check(client, data, 256)
+            check(client, data, data.train_y, 256)

@@ -1,0 +1,47 @@
+"""Threads for calls that may hang."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+class DaemonPool:
+    """As a ThreadPoolExecutor, but of daemon threads: a call that hangs cannot keep the program from ending."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._work,), name=f"{name}-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, work: Callable[[], _Result]) -> "Future[_Result]":
+        future: Future[_Result] = Future()
+        self._work.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Cancels what has not begun, and waits for nobody: a thread ends when its call does. Nothing may follow."""
+        try:
+            while (entry := self._work.get_nowait()) is not None:
+                entry[0].cancel()
+        except Empty:
+            pass
+        for _ in self._threads:
+            self._work.put(None)
+
+
+def _serve(work: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    while (entry := work.get()) is not None:
+        future, call = entry
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to whoever waits
+                future.set_exception(error)
+        del entry, future, call  # or an idle thread would keep the last answer alive

@@ -1,0 +1,87 @@
+"""What a query must be before anything is queued for it; every refusal names the thing, the value and the fix."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from protos import teacher_pb2 as pb
+from protos.conformance import check_inputs
+from protos.wire import (
+    Array,
+    MalformedMessage,
+    UnknownValue,
+    answers_bytes,
+    check_spec,
+    decode_inputs,
+    refuse_unknown_fields,
+)
+from teacher_server.errors import InvalidQuery, NotImplementedHere, OtherFingerprint
+
+# All of a request but its tensors' bytes: names, shapes, specs. It bounds the work of looking through them.
+_MAX_ENVELOPE_BYTES = 16 * 1024
+_MAX_OUTPUTS = 4
+_KNOWN_OUTPUTS = ("logits",)
+
+Request = pb.DescribeRequest | pb.LabelRequest | pb.LookupRequest | pb.SpendRequest
+
+
+class Admitted(NamedTuple):
+    inputs: dict[str, Array]  # [n, ...] each
+    samples: int  # n
+    specs: list[pb.OutputSpec]
+
+
+def check_envelope(request: Request) -> None:
+    """Raises NotImplementedHere for a field that this server does not know, InvalidQuery for an oversize envelope."""
+    content = sum(len(tensor.data) for tensor in request.inputs) if isinstance(request, pb.LabelRequest) else 0
+    size = request.ByteSize() - content
+    if size > _MAX_ENVELOPE_BYTES:
+        raise InvalidQuery(
+            f"{request.DESCRIPTOR.name}: {size} bytes of names, shapes and the like; "
+            f"at most {_MAX_ENVELOPE_BYTES} beside the tensors' data"
+        )
+    with _refusals():
+        refuse_unknown_fields(request)
+
+
+def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admitted:
+    """The inputs and outputs of a query to the teacher of that description, all checked."""
+    if request.expected_fingerprint not in ("", description.fingerprint):
+        raise OtherFingerprint(
+            f"expected_fingerprint: teacher {description.name!r} is {description.fingerprint}, not "
+            f"{request.expected_fingerprint}; its weights or preprocessing changed, so begin a new run with it"
+        )
+    if request.cache_mode not in pb.CacheMode.values():
+        raise NotImplementedHere(f"cache_mode: CacheMode {request.cache_mode} is not known here")
+    specs = list(request.outputs) or [pb.OutputSpec(name="logits", encoding=pb.ENCODING_FLOAT32)]
+    if len(specs) > _MAX_OUTPUTS:
+        raise InvalidQuery(f"outputs: {len(specs)} given; ask for at most {_MAX_OUTPUTS}")
+    (classes,) = description.outputs[0].shape
+    with _refusals():
+        for spec in specs:
+            if spec.name not in _KNOWN_OUTPUTS:
+                raise UnknownValue(f"outputs.name: {spec.name!r} is not served; one of {list(_KNOWN_OUTPUTS)}")
+            check_spec(spec, classes)
+        inputs = decode_inputs(request.inputs)
+        samples = len(next(iter(inputs.values())))
+        limits = description.limits
+        if samples > limits.max_samples_per_query:
+            raise MalformedMessage(f"inputs: {samples} samples; at most {limits.max_samples_per_query} make a query")
+        reply = sum(answers_bytes(spec, samples, classes) for spec in specs)
+        if reply > limits.max_message_bytes:
+            raise MalformedMessage(
+                f"inputs: the reply to {samples} samples would take {reply} bytes, a message holds "
+                f"{limits.max_message_bytes}; send fewer samples, or ask for TOP_K"
+            )
+        check_inputs(inputs, description)
+    return Admitted(inputs, samples, specs)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except UnknownValue as error:
+        raise NotImplementedHere(str(error)) from error
+    except MalformedMessage as error:
+        raise InvalidQuery(str(error)) from error
