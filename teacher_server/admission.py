@@ -31,8 +31,11 @@ class Admitted(NamedTuple):
     specs: list[pb.OutputSpec]
 
 
-def check_envelope(request: Request) -> None:
-    """Raises NotImplementedHere for a field that this server does not know, InvalidQuery for an oversize envelope."""
+def check_envelope(request: Request) -> int:
+    """Returns the bytes of the tensors' data; the rest of the request is small, and known to this server.
+
+    Raises InvalidQuery for an oversize envelope, NotImplementedHere for an unknown field.
+    """
     content = sum(len(tensor.data) for tensor in request.inputs) if isinstance(request, pb.LabelRequest) else 0
     size = request.ByteSize() - content
     if size > _MAX_ENVELOPE_BYTES:
@@ -42,6 +45,7 @@ def check_envelope(request: Request) -> None:
         )
     with _refusals():
         refuse_unknown_fields(request)
+    return content
 
 
 def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admitted:

@@ -69,10 +69,9 @@ class Service:
         """Answers one query. `deadline` is a time.monotonic() moment; past it nothing is computed any more."""
         if self.not_ready:
             raise Draining(f"this replica takes no queries ({self.not_ready}); ask another one")
-        check_envelope(request)
+        size = check_envelope(request)
         teacher = self._teacher(request.teacher)
         description = teacher.description
-        size = sum(len(tensor.data) for tensor in request.inputs)
         admitted = await _beside_the_loop(size, admit, request, description)
         if deadline is not None and deadline <= monotonic():
             raise PastDeadline("the deadline had passed on arrival; give the call more time")
