@@ -206,6 +206,16 @@ def test_the_fingerprint_is_what_its_docstring_says() -> None:
     assert fingerprint(module, "m:f", {"a": 1}, [x], "fp32") == expected
 
 
+def test_the_fingerprint_knows_buffers_that_no_state_dict_holds() -> None:
+    fingerprints = []
+    for scale in (1.0, 2.0):
+        module = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(module.weight)
+        module.register_buffer("scale", torch.tensor([scale]), persistent=False)
+        fingerprints.append(fingerprint(module, "m:f", {}, [], "fp32"))
+    assert fingerprints[0] != fingerprints[1]
+
+
 def test_tied_weights_may_be_saved_once_or_twice(tmp_path: Path) -> None:
     module = Tied()
     description = {"inputs": [{"name": "x", "shape": [4]}]}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from student_worker import TeacherClient
 from student_worker.__main__ import main
+from student_worker.checkpoint import save_checkpoint
 from student_worker.config import METHODS, TrainSettings
 from student_worker.data import UNLABELLED, labelled_subset, load
 from student_worker.models import build
@@ -244,3 +245,55 @@ def test_ctrl_c_keeps_the_last_checkpoint(trained, tmp_path):
             assert json.loads(weights.with_suffix(".json").read_text())["epoch"] >= 1
         assert (tmp_path / "epoch-0002.safetensors").exists()
         assert not list(tmp_path.glob("*.part"))
+
+
+class Tied(torch.nn.Module):
+    """Two names, one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(64, 64, bias=False)
+        self.second = torch.nn.Linear(64, 64, bias=False)
+        self.second.weight = self.first.weight
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x.flatten(1))))))
+
+
+def test_tied_weights_are_kept_once_and_served(tmp_path):
+    command = [
+        "train",
+        "--method",
+        "hard",
+        "--dataset",
+        "digits",
+        "--student",
+        "tests.test_train:Tied",
+        "--epochs",
+        "1",
+    ]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    weights = tmp_path / "epoch-0001.safetensors"
+    assert sorted(load_file(weights)) == ["first.weight", "head.bias", "head.weight"]
+    with serving(model="tests.test_train:Tied", weights=weights, grpc_port=0, http_port=0, threads=1) as server:
+        with TeacherClient(server.grpc_address) as client:
+            logits = client.label(load("digits").test_x).logits
+    record = json.loads(weights.with_suffix(".json").read_text())
+    assert (logits.argmax(1).numpy() == load("digits").test_y).mean() == pytest.approx(record["accuracy"], abs=0.003)
+
+
+def test_compare_does_not_believe_the_counters_of_another_server(teacher, tmp_path, capsys):
+    with serving(**serve(tmp_path) | {"model_arguments": BUILD, "weights": save_other(tmp_path)}) as other:
+        command = [
+            "compare", "--methods", "kd", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", "1",
+            "--teacher-address", teacher.grpc_address, "--metrics-url", f"http://{other.http_address}/metrics",
+            "--output", str(tmp_path), "--job", "believed",
+        ]  # fmt: skip
+        assert main(command) == 1
+    assert "the server counts 0 samples asked by job believed-kd-s0, which asked 1437" in capsys.readouterr().err
+
+
+def save_other(folder):
+    data = load("digits")
+    return save_checkpoint(folder, 1, build("cnn-tiny", channels=1, classes=10, size=8), data, {"accuracy": 0.1})
