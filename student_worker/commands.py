@@ -23,7 +23,7 @@ def train_command(settings: TrainSettings) -> None:
         _check(settings, settings.job)
     progress = _run(settings)
     print(  # noqa: T201
-        f"{settings.method}: test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
+        f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
     )
 

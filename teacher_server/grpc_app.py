@@ -100,6 +100,7 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
     async def _answered(self, name: str, context: _Context, call: Callable[[Caller], Awaitable[_Reply]]) -> _Reply:
         """Runs `call` for the authenticated caller, counts its outcome and turns our errors into gRPC's."""
         code = code_pb2.CANCELLED  # what stands when the client goes away: CancelledError passes through
+        refused = None
         try:
             metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
             caller = self._authenticator.caller(metadata)
@@ -107,9 +108,7 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
                 reply = await call(caller)
             code = code_pb2.OK
         except TeacherServerError as error:
-            code = error.code
-            await context.abort_with_status(rpc_status.to_status(_status(error)))
-            raise
+            refused, code = error, error.code
         except asyncio.CancelledError:
             if (remaining := context.time_remaining()) is not None and remaining <= 0:
                 code = code_pb2.DEADLINE_EXCEEDED
@@ -117,10 +116,11 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         except Exception:
             code = code_pb2.INTERNAL
             raise
-        else:
-            return reply
-        finally:
+        finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
             self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
+        if refused is not None:
+            await context.abort_with_status(rpc_status.to_status(_status(refused)))
+        return reply
 
     @contextmanager
     def _under_way(self, tenant: str) -> Iterator[None]:

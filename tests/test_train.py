@@ -158,7 +158,7 @@ def test_train_writes_checkpoints_metrics_and_events(teacher, tmp_path, capsys):
     command = ["train", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", "2", "--job", "cli"]
     assert main([*command, "--teacher-address", teacher.grpc_address, "--output", str(tmp_path)]) == 0
     told = capsys.readouterr()
-    assert "unix: test accuracy" in told.out
+    assert "cli (unix): test accuracy" in told.out
     assert "cli: epoch 2/2" in told.err
     names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("events"))
     assert names == [f"epoch-000{e}.{kind}" for e in (1, 2) for kind in ("json", "safetensors")]

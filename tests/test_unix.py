@@ -509,7 +509,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(mixing, depth):
     assert train(other, xs[4:], student, depth, lambda b: lags.append(b.lag), momentum=0) == losses[4:]
     assert lags == [depth] * 5
     assert {key: sent.tolist() for key, (sent, _) in resumed.asked.items()} == {
-        key: sent.tolist() for key, (sent, _) in list(whole.asked.items())[4:]
+        key: sent.tolist() for key, (sent, _) in whole.asked.items() if int(key.rpartition("/")[2]) >= 4
     }
     assert other.state_dict()["run"] == unix.state_dict()["run"]
     for counter in ("asked", "learnt", "scored", "steps"):
