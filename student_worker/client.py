@@ -262,9 +262,9 @@ class _Whole:
     def __init__(self, parts: int) -> None:
         self.future: Future[Answer] = Future()
         self._answers: list[Answer | None] = [None] * parts
-        self._left = parts
         self._parts: list[Future[Answer]] = []
-        self._lock = threading.Lock()
+        self._settled = False
+        self._lock = threading.Lock()  # never held while a future's callbacks run: they may come back here
         self.future.add_done_callback(self._drop)
 
     def add(self, number: int, part: "Future[Answer]") -> None:
@@ -272,21 +272,27 @@ class _Whole:
         part.add_done_callback(partial(self._done, number))
 
     def fail(self, error: BaseException) -> None:
-        with self._lock:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                self.future.set_exception(error)
+        if self._settle():
+            self.future.set_exception(error)
 
     def _done(self, number: int, part: "Future[Answer]") -> None:
-        error = TeacherUnavailable("this client is closed") if part.cancelled() else part.exception()
-        if error is not None:
+        if part.cancelled():
+            self.fail(TeacherUnavailable("this client is closed"))
+        elif (error := part.exception()) is not None:
             self.fail(error)
-            return
+        else:
+            with self._lock:
+                self._answers[number] = part.result()
+                answers = [answer for answer in self._answers if answer is not None]
+            if len(answers) == len(self._answers) and self._settle():
+                self.future.set_result(concatenated(answers))
+
+    def _settle(self) -> bool:
+        """True for the first who may set the future's outcome; never once its owner has cancelled it."""
         with self._lock:
-            self._answers[number] = part.result()
-            self._left -= 1
-            if not self._left and self.future.set_running_or_notify_cancel():
-                self.future.set_result(concatenated([answer for answer in self._answers if answer is not None]))
+            first, self._settled = not self._settled, True
+        return first and self.future.set_running_or_notify_cancel()
 
     def _drop(self, _: "Future[Answer]") -> None:
-        for part in self._parts:
+        for part in list(self._parts):
             part.cancel()
