@@ -45,7 +45,7 @@ def main() -> None:
             "--student", STUDENT, "--epochs", str(arguments.epochs), "--learning-rate", "0.4",
             "--threads", "1", "--depth", "0",
             "--teacher-address", grpc_address, "--metrics-url", f"http://{http_address}/metrics",
-            "--job", "demo", "--output", str(arguments.output),
+            "--job", "demo", "--output", str(arguments.output), "--overwrite",
         )  # fmt: skip
     print(f"the whole demo took {time.monotonic() - began:.0f} s")
 
@@ -54,7 +54,7 @@ def train_teacher(epochs: int, output: Path) -> Path:
     student(
         "train", "--method", "hard", "--dataset", DATASET, "--crop", "2", "--student", str(TEACHER["name"]),
         "--student-arguments", json.dumps({"width": TEACHER["width"]}), "--epochs", str(epochs),
-        "--learning-rate", "0.2", "--job", "teacher", "--output", str(output),
+        "--learning-rate", "0.2", "--job", "teacher", "--output", str(output), "--overwrite",
     )  # fmt: skip
     return output / f"epoch-{epochs:04d}.safetensors"
 

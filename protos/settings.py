@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def run_command(program: str, commands: Mapping[str, Command], argv: list[str] |
             print(f"  {name:{width}}  {(settings.__doc__ or '').strip().splitlines()[0]}")
         print(f"\n{program} COMMAND --help lists a command's options.")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"{program} {version('preceptor')}")
+        return 0
     name, *options = arguments
     if name not in commands:
         print(f"{program}: unknown command {name!r}; one of {', '.join(commands)}", file=sys.stderr)
@@ -96,7 +100,7 @@ def run_command(program: str, commands: Mapping[str, Command], argv: list[str] |
         parsed = CliApp.run(settings_cls, cli_args=options, cli_settings_source=parser)
     except ValidationError as error:
         for problem in error.errors():
-            key = ".".join(map(str, problem["loc"])) or "options"
+            key = str(problem["loc"][0]) if problem["loc"] else "options"
             given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
             print(f"{program} {name}: {key}: {problem['msg']}{given} (--{key.replace('_', '-')})", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """student-worker: the command line. Torch is imported only once the arguments are known to be good."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +11,18 @@ from student_worker.config import CheckSettings, CompareSettings, TrainSettings
 
 def _runs(name: str) -> Callable[[Any], int]:
     def run(settings: Any) -> int:
-        from student_worker import commands
-        from student_worker.data import DataError
-        from student_worker.errors import TeacherError
-
+        try:
+            from student_worker import commands
+            from student_worker.data import DataError
+            from student_worker.errors import TeacherError
+        except ModuleNotFoundError as error:
+            print(f"student-worker: {error}; install Preceptor with its [student] extra", file=sys.stderr)
+            return 1
         try:
             getattr(commands, name)(settings)
-        except KeyboardInterrupt:
-            print("\nstudent-worker: interrupted; the last epoch's checkpoint stays", file=sys.stderr)
-            return 130
+        except ModuleNotFoundError as error:
+            print(f"student-worker: {error}; Preceptor's [bench] extra brings what compare needs", file=sys.stderr)
+            return 1
         except (TeacherError, DataError, ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
             print(f"student-worker: {error}", file=sys.stderr)
             return 1
@@ -35,7 +39,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command("student-worker", COMMANDS, argv)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it; gRPC's log repeats it
+    try:
+        return run_command("student-worker", COMMANDS, argv)
+    except KeyboardInterrupt:
+        print("\nstudent-worker: interrupted; checkpoints of epochs that ended stay", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

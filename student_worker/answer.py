@@ -20,12 +20,12 @@ class Answer:
 
     logits: Tensor | TopK
     """float32 [n, classes], or the k largest of them with the mass of the rest."""
-    sources: tuple[str, ...] = ()
+    sources: tuple[str, ...] = field(default=(), repr=False)
     """For each sample `computed`, `cached` or `coalesced`."""
     cost: pb.Cost = field(default_factory=pb.Cost)
     budgets: tuple[pb.Budget, ...] = ()
     fingerprint: str = ""
-    description: pb.TeacherDescription = field(default_factory=pb.TeacherDescription)
+    description: pb.TeacherDescription = field(default_factory=pb.TeacherDescription, repr=False)
     """Who answered."""
 
 

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from student_worker.client import TeacherClient
 from student_worker.data import UNLABELLED, Dataset, epoch_order
 from student_worker.errors import TeacherMisunderstands
-from student_worker.understanding import Understanding
+from student_worker.understanding import Understanding, binomial_tail
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 CHECKED_SAMPLES = 256
+_BY_LUCK = 1e-3
 
 _VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
     "with its channels in reverse order": lambda x: x[:, ::-1],
@@ -55,9 +56,14 @@ def check(teacher: TeacherClient, data: Dataset, labels: Labels, samples: int) -
     except TeacherMisunderstands as error:
         raise TeacherMisunderstands(f"{error}{_better_variant(teacher, x, y, top1)}") from None
     declared = f"; it declares {output.top1:.1%}" if output.top1 else ""
+    chance = max(1 / data.classes, float(np.bincount(y).max()) / len(y))
+    hits = int((predicted == y).sum())
+    # Neither verdict is forced: too few samples to be contradicted are no proof of understanding.
+    by_luck = 1 - binomial_tail(hits - 1, len(y), min(chance, 0.999)) if hits else 1.0
+    verdict = "understands" if by_luck < _BY_LUCK else "may or may not understand (too few labelled samples to tell)"
     return (
-        f"teacher {description.name} ({description.fingerprint}) understands {data.name}: top-1 {top1:.1%} "
-        f"on {len(y)} labelled samples (chance {1 / data.classes:.1%}{declared})"
+        f"teacher {description.name} ({description.fingerprint}) {verdict} {data.name}: top-1 {top1:.1%} "
+        f"on {len(y)} labelled training samples (chance {chance:.1%}{declared})"
     )
 
 

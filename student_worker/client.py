@@ -1,5 +1,6 @@
 """The student's end of the contract: synchronous, a window of queries in flight, several addresses, own exceptions."""
 
+import logging
 import math
 import threading
 import weakref
@@ -30,6 +31,7 @@ Samples = Tensor | Array | Mapping[str, Tensor | Array]
 CacheMode = Literal["use", "read_only", "bypass"]
 Encoding = Literal["float32", "float16", "top_k"]
 
+_log = logging.getLogger(__name__)
 _BATCHES_A_PART = 4  # enough to keep a device busy, few enough that `window` parts fit a queue and finish in time
 _MESSAGE_OVERHEAD = 64 * 1024  # names, shapes and the reply's own fields, generously
 _LARGEST_MESSAGE = 2**31 - 1  # the server's Describe states the limit that counts
@@ -68,6 +70,9 @@ class TeacherClient:
         addresses = address.split(",") if isinstance(address, str) else list(address)
         if not addresses or not all(addresses):
             raise ValueError(f"address: {address!r} names no server; give host:port, or several joined by commas")
+        for one in addresses:
+            if one.startswith(("http://", "https://")) or ":" not in one:
+                raise ValueError(f"address: {one!r} is not host:port; give the gRPC port (8001 by default), no http://")
         if window < 1 or not 0 < timeout < math.inf:
             raise ValueError(f"window and timeout must be positive, got {window} and {timeout}")
         if encoding not in _ENCODINGS:
@@ -82,6 +87,9 @@ class TeacherClient:
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._timeout = timeout
         self._metadata = [("preceptor-job", job)]
+        token = (token or "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("token: holds characters that no header can carry; give printable ASCII")
         if token:
             self._metadata.append(("authorization", f"Bearer {token}"))
         self._addresses = addresses
@@ -191,6 +199,7 @@ class TeacherClient:
             stop=tenacity.stop_before_delay(self._timeout) | tenacity.stop_when_event_set(self._closed),
             wait=self._wait,
             sleep=tenacity.sleep_using_event(self._closed),
+            before_sleep=self._tell if call == "Describe" else None,
             reraise=True,
         )
         try:
@@ -206,13 +215,20 @@ class TeacherClient:
         patience = max(0.001, min(deadline - monotonic(), self._timeout / len(self._stubs)))
         try:
             return getattr(self._stubs[at], call)(request, timeout=patience, metadata=self._metadata)
-        except ValueError as error:  # grpc's word for a closed channel
-            raise TeacherUnavailable("this client is closed") from error
+        except ValueError as error:
+            if not self._closed.is_set():
+                raise
+            raise TeacherUnavailable("this client is closed") from error  # grpc's word for it
         except grpc.RpcError as error:
             ours = translated(cast("grpc.Call", error), self._addresses[at])  # what a stub raises is both
             if isinstance(ours, Retryable) and self._current == at:
                 self._current = (at + 1) % len(self._stubs)
             raise ours from error
+
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        """A first call that finds nobody would be silent for the whole timeout."""
+        if state.attempt_number == 1 and state.outcome:
+            _log.warning("%s; trying for up to %g s", state.outcome.exception(), self._timeout)
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """No time before the next address; jittered backoff, and no less than the server's hint, once all refused."""

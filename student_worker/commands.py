@@ -63,8 +63,18 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
     )
 
 
+def _make_room(settings: TrainSettings) -> None:
+    """Two runs in one folder would leave one's late epochs behind the other's early ones."""
+    earlier = [*settings.output.glob("epoch-*"), *settings.output.glob("events.out.tfevents.*")]
+    if earlier and not settings.overwrite:
+        raise ValueError(f"output: {settings.output} holds another run's files; give another --output, or --overwrite")
+    for path in earlier:
+        path.unlink()
+
+
 def _run(settings: TrainSettings) -> Progress:
     """One training run with its checkpoints, its event files and a progress bar on standard error."""
+    _make_room(settings)
     with ExitStack() as stack:
         teacher = None
         if not settings.method.startswith("hard"):

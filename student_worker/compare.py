@@ -7,6 +7,8 @@ import statistics
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,10 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
     report = {
         "settings": settings.model_dump(mode="json"),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("preceptor", "torch", "numpy", "grpcio")},
+        "items": {"train": len(data.train_x), "test": len(data.test_x)},
         "teacher": {
             "name": teacher.name,
             "fingerprint": teacher.fingerprint,
@@ -107,7 +112,9 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
     }
     settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _plot(summaries, teacher.outputs[0].top1, settings.output / "plot.png")
+    title = f"{settings.dataset}, {settings.labelled or len(data.train_x)} labelled of {len(data.train_x)}"
+    title += f", {len(settings.seeds)} seeds; bars: 95 % over seeds" if len(settings.seeds) > 1 else ", one seed"
+    _plot(summaries, teacher.outputs[0].top1, title, settings.output / "plot.png")
     return f"{table(summaries)}\n{_remarks(summaries, settings, len(data.test_x))}"
 
 
@@ -120,7 +127,10 @@ def _remarks(summaries: Sequence[Summary], settings: CompareSettings, items: int
             f"{settings.keep:.0%}, depth {settings.depth}" + (" (the published step)." if settings.depth == 0 else ".")
         )
     if any(s.accuracy_interval is not None for s in summaries):
-        remarks.append("95 % intervals over seeds (Student's t); vs KD: paired by seed.")
+        remarks.append(
+            f"95 % intervals over {len(settings.seeds)} seeds (Student's t), paired by seed against KD; the {items} "
+            "test items and the choice of labelled ones are the same for all."
+        )
     else:
         best = max(s.accuracy for s in summaries)
         error = 1.96 * math.sqrt(2 * best * (1 - best) / items)
@@ -153,7 +163,9 @@ def _points(value: float, interval: float | None, sign: str = "") -> str:
 
 
 def _trial(settings: CompareSettings, method: Method, seed: int, name: str) -> TrainSettings:
-    fields: dict[str, Any] = {key: getattr(settings, key) for key in TrainSettings.model_fields}
+    fields: dict[str, Any] = {
+        key: getattr(settings, key) for key in TrainSettings.model_fields if key in CompareSettings.model_fields
+    }
     return TrainSettings(
         **fields
         | {
@@ -168,8 +180,11 @@ def _trial(settings: CompareSettings, method: Method, seed: int, name: str) -> T
 
 def _counted(metrics_url: str, job: str) -> tuple[int, int]:
     """(asked, computed) samples of a job so far, over all tenants, from the server's own /metrics."""
-    with urllib.request.urlopen(metrics_url, timeout=10) as reply:  # noqa: S310 - the operator's own address
-        families = text_string_to_metric_families(reply.read().decode())
+    try:
+        with urllib.request.urlopen(metrics_url, timeout=10) as reply:  # noqa: S310 - the operator's own address
+            families = text_string_to_metric_families(reply.read().decode())
+    except OSError as error:
+        raise ValueError(f"metrics_url: {metrics_url} cannot be read ({error}); give the teacher's /metrics") from error
     asked = computed = 0.0
     for sample in (sample for family in families for sample in family.samples):
         if sample.labels.get("job") == job:
@@ -221,7 +236,7 @@ def _interval(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def _plot(summaries: Sequence[Summary], teacher_top1: float, path: Path) -> None:
+def _plot(summaries: Sequence[Summary], teacher_top1: float, title: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for s, marker in zip(summaries, "osD^v", strict=False):
@@ -232,6 +247,8 @@ def _plot(summaries: Sequence[Summary], teacher_top1: float, path: Path) -> None
     if teacher_top1:
         axes.axhline(100 * teacher_top1, color="0.5", linestyle="--", linewidth=1, label=f"teacher: {teacher_top1:.2%}")
     axes.margins(x=0.1, y=0.1)
+    axes.set_ylim(top=min(100.5, axes.get_ylim()[1]))
+    axes.set_title(title, fontsize="medium")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

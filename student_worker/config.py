@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from protos.settings import Settings
 
@@ -23,11 +23,11 @@ class DataConfig(BaseModel, use_attribute_docstrings=True):
     crop: int = Field(default=0, ge=0)
     """Views: pixels of zero padding of which a window is cut at random."""
     flip: bool = False
-    """Views: mirror left and right, every other one."""
+    """Views: mirror left and right with probability 1/2."""
     erase: int = Field(default=0, ge=0)
     """Views: a rectangle of up to so many pixels a side is filled with 0."""
     views: int = Field(default=0, ge=0)
-    """Views of each item, shown in turn; 0 = a fresh one each epoch. Students with the same views share answers."""
+    """Views of each item, shown in turn; 0 = a fresh one each epoch. Students with the same views ask the same."""
     view_seed: int = 0
     """Seed of the views and of the choice of labelled items; apart from --seed, so that students can share views."""
 
@@ -70,23 +70,22 @@ class UnixConfig(BaseModel, use_attribute_docstrings=True):
 class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """How the student is trained."""
 
-    method: Method = "unix"
-    """hard: labels alone. kd: all samples are asked about, unmixed. +mixup: one share for all. unix: the paper's."""
     student: str = "cnn-tiny"
     """A name of student_worker/models.py, or your own package.module:factory."""
     student_arguments: dict[str, Any] = {}
     """Keyword arguments for the student's factory, as JSON."""
     epochs: int = Field(default=10, ge=1)
+    """Passes over the training set."""
     batch_size: int = Field(default=64, ge=2)
+    """Samples of a batch, before selection."""
     learning_rate: float = Field(default=0.1, gt=0)
     """Peak of the one-cycle schedule; SGD with Nesterov momentum 0.9."""
     weight_decay: float = Field(default=5e-4, ge=0)
+    """Of SGD, on all parameters."""
     temperature: float = Field(default=4.0, gt=0)
     """Of the distillation loss."""
     label_weight: float = Field(default=0.0, ge=0)
     """Weight of the hard labels' cross-entropy beside the distillation loss."""
-    seed: int = 0
-    """Of the student's weights, data order and mixing."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of the student's passes; 0 leaves the choice to torch."""
     device: str = "auto"
@@ -100,10 +99,16 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     command line wins over the environment, the environment over the file.
     """
 
+    method: Method = "unix"
+    """hard: labels alone. kd: all samples are asked about, unmixed. +mixup: one share for all. unix: the paper's."""
+    seed: int = 0
+    """Of the student's weights, data order and mixing."""
     job: str = "train"
     """Name of this run at the teacher: its spend is booked under it."""
     output: Path = Path("runs/train")
     """Folder for checkpoints, metrics and TensorBoard's event files."""
+    overwrite: bool = False
+    """Remove another run's checkpoints and event files from the output folder first."""
 
 
 class CheckSettings(DataConfig, TeacherConfig, Settings, env_prefix="STUDENT_"):
@@ -119,12 +124,21 @@ class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settin
     """Train with several methods at equal steps, and compare accuracy and teacher compute."""
 
     methods: tuple[Method, ...] = METHODS
-    """Those to compare, as JSON or repeated."""
+    """Those to compare, joined by commas (in the environment and in TOML: a list)."""
     seeds: tuple[int, ...] = (0,)
-    """Each method is trained once with each; methods are paired by seed."""
+    """Each method is trained once with each, and methods are paired by seed. Joined by commas, as methods are."""
     metrics_url: str = "http://127.0.0.1:8000/metrics"
     """The teacher's own counters, from which asked and computed samples are read."""
     output: Path = Path("runs/compare")
     """Folder for report.json, plot.png and a folder for each run."""
+    overwrite: bool = False
+    """Remove other runs' checkpoints and event files from the output folder first."""
     job: str = "compare"
     """Prefix of the runs' names at the teacher."""
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(values)) < len(values) or not values:
+            raise ValueError("give each once, and at least one: a repeated run is no further evidence")
+        return values

@@ -1,4 +1,4 @@
-"""What a step costs, in forward FLOPs (arXiv 2012.09413; UNIX.md, "Cost")."""
+"""What a step costs, in forward FLOPs (arXiv 2012.09413; docs/unix.md, "Cost")."""
 
 import math
 

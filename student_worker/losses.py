@@ -1,4 +1,4 @@
-"""What a student learns from the teacher's answers (arXiv 2012.09413; UNIX.md, step 5)."""
+"""What a student learns from the teacher's answers (arXiv 2012.09413; docs/unix.md, step 5)."""
 
 import math
 from typing import Literal, NamedTuple
@@ -26,7 +26,7 @@ class TopK(NamedTuple):
 def distillation_loss(
     student_logits: Tensor, answer: Tensor | TopK, temperature: float, *, reduction: Reduction = "mean"
 ) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), in nats (UNIX.md, step 5).
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), in nats (docs/unix.md, step 5).
 
     `student_logits` is [n, c]; `answer` is [n, c] logits, or their top k, of which the KL is taken over k + 1 buckets:
     the k classes, and all others as one (never more than the whole KL, and equal to it at k = c). "mean" and "sum" go
@@ -53,7 +53,7 @@ def distillation_loss(
 
 
 def mixed_cross_entropy(student_logits: Tensor, y: Tensor, y_partner: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) * CE(own label) + share * CE(partner's label), in nats (UNIX.md, step 5).
+    """(1 - share) * CE(own label) + share * CE(partner's label), in nats (docs/unix.md, step 5).
 
     `student_logits` is [n, c], the others [n]; the result is [n], float32 whatever the autocast state (float64 stays
     float64). A label of -1 stands for "unlabelled" and its term for 0: a sample counts by what is known of it.

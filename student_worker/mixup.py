@@ -1,4 +1,4 @@
-"""Which samples are kept, and how much of a partner is mixed into each (arXiv 2012.09413; UNIX.md, steps 2 and 3)."""
+"""Which samples are kept, and how much of a partner is mixed into each (docs/unix.md, steps 2 and 3)."""
 
 import math
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Mixed(NamedTuple):
 
 
 def mixing_coefficients(n: int, clean: int, sharpness: float) -> Tensor:
-    """c_r = sigmoid(sharpness * (r/n - (2*clean - 1)/(2n))) for the ranks r = 0..n-1 (UNIX.md, step 2).
+    """c_r = sigmoid(sharpness * (r/n - (2*clean - 1)/(2n))) for the ranks r = 0..n-1 (docs/unix.md, step 2).
 
     `clean` is a count, the rank at which c crosses 1/2. Returns [n], float64, rising.
     Raises ValueError for n < 1, clean outside 0..n, or a sharpness that is negative or not finite.
@@ -41,7 +41,7 @@ def ranking(scores: Tensor) -> Tensor:
 
 
 def mix(x: Tensor, kept: Tensor, partner: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) * x[kept] + share * x[partner] (UNIX.md, step 3). x is [n, ...], the others [k]; gives [k, ...].
+    """(1 - share) * x[kept] + share * x[partner] (docs/unix.md, step 3). x is [n, ...], the others [k]; gives [k, ...].
 
     Computed in x's dtype where that is floating. Integers (pixels) are mixed in float32 and rounded back, half to even:
     teacher and student must see the same values, so quantisation comes before either.
@@ -56,7 +56,7 @@ def mix(x: Tensor, kept: Tensor, partner: Tensor, share: Tensor) -> Tensor:
 def adaptive_mixup(
     x: Tensor, scores: Tensor, *, keep: int, clean: int, sharpness: float, lam: float, partner: Tensor
 ) -> Mixed:
-    """Rank by falling score, mix rank r with share lam * c_r of its partner, keep the first ranks (UNIX.md, steps 2-3).
+    """Rank by falling score, mix rank r with share lam * c_r of its partner, keep the first (docs/unix.md, 2 and 3).
 
     x is [n, ...], scores [n], `keep` and `clean` are counts, lam in [0, 1], `partner` [n] a permutation of the whole
     batch: partner[r] is the batch position that goes into rank r. Raises ValueError for anything else.

@@ -1,4 +1,4 @@
-"""Which samples of a batch are asked about, and what is mixed into them (arXiv 2012.09413; UNIX.md, steps 1 to 3)."""
+"""Which samples of a batch are asked about, and what is mixed into them (docs/unix.md, steps 1 to 3)."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""How unsure a student is of each sample (Xu, Liu, Loy, arXiv 2012.09413; UNIX.md, step 1)."""
+"""How unsure a student is of each sample (Xu, Liu, Loy, arXiv 2012.09413; docs/unix.md, step 1)."""
 
 from collections.abc import Callable
 from typing import Final, Literal, get_args
@@ -33,7 +33,7 @@ _SCORES: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 
 
 def uncertainty(logits: Tensor, strategy: Strategy, *, generator: torch.Generator | None = None) -> Tensor:
-    """Score samples: the higher, the less certain (UNIX.md, step 1), at temperature 1.
+    """Score samples: the higher, the less certain (docs/unix.md, step 1), at temperature 1.
 
     `logits` is [n, c] with c >= 2; the result is [n], float32 whatever the autocast state (float64 stays float64).
 

@@ -99,7 +99,7 @@ class Understanding:
             reasons.append("which is below the student's own accuracy")
         if self._declared > (floor := 1 / self._classes):
             bound = floor + self._promise * (self._declared - floor)
-            if _binomial_tail(sum(right), self.n, bound) < _LEVEL:
+            if binomial_tail(sum(right), self.n, bound) < _LEVEL:
                 reasons.append("which is far below what it declares")
         if reordered and 2 * sum(relabelled) > self.n:
             reasons.append("and more with its classes in another order")
@@ -118,7 +118,7 @@ class Understanding:
         if hits > total / n + _RELATED * deviation:
             return False
         chance = total / n**2
-        return _binomial_tail(hits, n, chance + _NEAR_CHANCE * (1 - chance)) < _LEVEL
+        return binomial_tail(hits, n, chance + _NEAR_CHANCE * (1 - chance)) < _LEVEL
 
     def _chance(self) -> float:
         """What the best guess that does not look at the samples would get."""
@@ -175,10 +175,10 @@ def _beats(these: Sequence[bool], those: Sequence[bool]) -> bool:
     """Whether these hits outnumber those beyond noise: one-sided paired sign test (McNemar, exact)."""
     only_these = sum(a and not b for a, b in zip(these, those, strict=True))
     only_those = sum(b and not a for a, b in zip(these, those, strict=True))
-    return _binomial_tail(only_those, only_these + only_those, 0.5) < _LEVEL
+    return binomial_tail(only_those, only_these + only_those, 0.5) < _LEVEL
 
 
-def _binomial_tail(k: int, n: int, p: float) -> float:
+def binomial_tail(k: int, n: int, p: float) -> float:
     """P(X <= k) for X ~ Binomial(n, p), 0 < p < 1."""
     log_n = math.lgamma(n + 1)
     log_p, log_q = math.log(p), math.log1p(-p)

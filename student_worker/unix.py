@@ -1,4 +1,4 @@
-"""UNIX, the step: score, select, mix, ask, learn (Xu, Liu, Loy, arXiv 2012.09413; UNIX.md, "One step")."""
+"""UNIX, the step: score, select, mix, ask, learn (Xu, Liu, Loy, arXiv 2012.09413; docs/unix.md, "One step")."""
 
 import math
 import secrets

@@ -53,7 +53,8 @@ def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admit
     if request.expected_fingerprint not in ("", description.fingerprint):
         raise OtherFingerprint(
             f"expected_fingerprint: teacher {description.name!r} is {description.fingerprint}, not "
-            f"{request.expected_fingerprint}; its weights or preprocessing changed, so begin a new run with it"
+            f"{request.expected_fingerprint}; its weights, factory, preprocessing or precision changed, so begin a new "
+            "run with it"
         )
     if request.cache_mode not in pb.CacheMode.values():
         raise NotImplementedHere(f"cache_mode: CacheMode {request.cache_mode} is not known here")

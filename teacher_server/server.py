@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,8 @@ from teacher_server.http_app import HttpApp
 from teacher_server.metrics import Metrics
 from teacher_server.model import load
 from teacher_server.service import Served, Service
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             f"host: {settings.host} can be reached from outside and there are no tokens; "
             "give --tokens-file, or bind 127.0.0.1"
         )
+    if not _is_loopback(settings.host):
+        _log.warning(
+            "tokens and samples travel in clear on %s: put nothing between that may not read them", settings.host
+        )
     authenticator = Authenticator.from_file(settings.tokens_file)
     metrics = Metrics()
     service = Service(metrics)
@@ -53,6 +60,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         HttpApp(service, authenticator, metrics, settings) as http,
         GrpcApp(service, authenticator, metrics, settings) as grpc,
     ):
+        _log.info("loading %s from %s", settings.model, settings.weights)
         teacher = await asyncio.to_thread(load, settings, settings)
         teacher.description.limits.CopyFrom(
             pb.Limits(
@@ -83,10 +91,14 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                 end = loop.time() + settings.drain_seconds
                 service.drain("draining")
                 batcher.drain()
+                _log.info(
+                    "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
+                )
                 await grpc.set_serving(False)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
-                await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
+                finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
+                _log.info("drained" if finished else "gave up draining; what was left is refused")
 
 
 async def serve(settings: ServeSettings) -> int:

@@ -209,9 +209,13 @@ def test_unknown_teachers_and_wrong_addresses_are_told(server):
         ({"k": -1}, "k -1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"job": "späte"}, "job 'späte'"),
+        ({"token": "sécret"}, "token"),
     ):
         with pytest.raises(ValueError, match=words):
             TeacherClient("a:1", **wrong)
+    for wrong in ("http://localhost:8001", "localhost"):
+        with pytest.raises(ValueError, match="is not host:port"):
+            TeacherClient(wrong)
 
 
 def test_a_token_that_is_missing_is_not_retried(tmp_path):
@@ -300,7 +304,7 @@ def test_a_run_stops_when_another_teacher_answers(tmp_path):
         other[0].weight.mul_(1.01)
     weights = save(other, tmp_path / "other.safetensors", TINY)
     with serving(**arguments(tmp_path) | {"grpc_port": port, "weights": weights}), client:
-        with pytest.raises(FingerprintChanged, match="weights or preprocessing changed, so begin a new run"):
+        with pytest.raises(FingerprintChanged, match="precision changed, so begin a new run"):
             client.label(pixels(1))
 
 

@@ -41,7 +41,7 @@ def test_reference_mixes(case, strategy):
 
 
 def test_published_setting():
-    """The figures of UNIX.md, step 2."""
+    """The figures of docs/unix.md, step 2."""
     c = mixing_coefficients(64, 32, 10.0)
     assert c[31] == pytest.approx(0.48, abs=0.005)
     assert c[31] < 0.5 < c[32]

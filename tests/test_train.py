@@ -238,7 +238,7 @@ def test_ctrl_c_keeps_the_last_checkpoint(trained, tmp_path):
             training.send_signal(signal.SIGINT)
             rest = training.stderr.read()
             assert training.wait(30) == 130
-        assert "the last epoch's checkpoint stays" in rest
+        assert "checkpoints of epochs that ended stay" in rest
         assert "Traceback" not in rest
         for weights in sorted(tmp_path.glob("epoch-*.safetensors")):
             assert load_file(weights)
@@ -297,3 +297,24 @@ def test_compare_does_not_believe_the_counters_of_another_server(teacher, tmp_pa
 def save_other(folder):
     data = load("digits")
     return save_checkpoint(folder, 1, build("cnn-tiny", channels=1, classes=10, size=8), data, {"accuracy": 0.1})
+
+
+def test_another_runs_files_are_neither_mixed_nor_lost(tmp_path, capsys):
+    command = ["train", "--method", "hard", "--dataset", "digits", "--student", "cnn-tiny", "--output", str(tmp_path)]
+    assert main([*command, "--epochs", "2"]) == 0
+    assert main([*command, "--epochs", "1"]) == 1
+    assert "holds another run's files" in capsys.readouterr().err
+    assert (tmp_path / "epoch-0002.safetensors").exists()
+    assert main([*command, "--epochs", "1", "--overwrite"]) == 0
+    assert not (tmp_path / "epoch-0002.safetensors").exists()
+    assert len(list(tmp_path.glob("events*"))) == 1
+
+
+def test_a_repeated_seed_is_no_further_evidence(capsys):
+    assert main(["compare", "--seeds", "0,0"]) == 2
+    assert "seeds: Value error, give each once" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("student-worker 0.")

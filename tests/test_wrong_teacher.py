@@ -184,6 +184,13 @@ def test_check_passes_the_right_teacher(teacher, data):
         assert "understands two-digits: top-1 " in check(client, data, data.train_y, 256)
 
 
+def test_check_does_not_claim_what_a_few_samples_cannot_show(teacher, data):
+    with TeacherClient(teacher.grpc_address, job="check") as client:
+        assert "may or may not understand" in check(client, data, (data.train_y + 1) % 10, 3)
+        assert "may or may not understand" in check(client, data, data.train_y, 1)
+        assert " understands two-digits" in check(client, data, data.train_y, 20)
+
+
 def test_check_names_the_culprit(teacher, doubly_normalising, data):
     with TeacherClient(teacher.grpc_address, job="check") as client:
         with pytest.raises(TeacherMisunderstands, match="channels in reverse order the same samples give"):
