@@ -22,7 +22,9 @@ from pydantic_settings import (
 )
 
 # Kubernetes gives its pods TEACHER_SERVICE_HOST, TEACHER_PORT_8001_TCP and the like for a Service called "teacher".
-_SERVICE_LINK = re.compile(r"[A-Z]+_(SERVICE_(HOST|PORT)|PORT)(_\w+)?")
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_(HOST|PORT)(_\w+)?=.*|\w+_PORT_\d+_(TCP|UDP)(_\w+)?=.*|\w+_PORT=(tcp|udp)://.*"
+)
 
 
 class _TomlFile(TomlConfigSettingsSource):
@@ -94,7 +96,11 @@ def run_command(program: str, commands: Mapping[str, Command], argv: list[str] |
     prefix = settings_cls.model_config["env_prefix"]
     try:
         known = {f"{prefix}{field}".upper(): field for cls, _ in commands.values() for field in cls.model_fields}
-        ours = {key for key in os.environ if key.startswith(prefix) and not _SERVICE_LINK.fullmatch(key)}
+        ours = {
+            key
+            for key, value in os.environ.items()
+            if key.startswith(prefix) and not _SERVICE_LINK.fullmatch(f"{key}={value}")
+        }
         _refuse_unknown(ours, known, "environment variable")
         parser = CliSettingsSource[Any](settings_cls, cli_prog_name=f"{program} {name}")
         parsed = CliApp.run(settings_cls, cli_args=options, cli_settings_source=parser)

@@ -29,8 +29,8 @@ class Answer:
     """Who answered."""
 
 
-def decoded(reply: pb.LabelResponse, n: int, description: pb.TeacherDescription) -> Answer:
-    """The answer to n samples, asked of the teacher that `description` describes.
+def decoded(reply: pb.LabelResponse, n: int, description: pb.TeacherDescription, encoding: pb.Encoding) -> Answer:
+    """The answer to n samples, asked in that encoding of the teacher that `description` describes.
 
     Raises FingerprintChanged where another teacher answered, TeacherFailed where the reply contradicts itself.
     """
@@ -42,14 +42,18 @@ def decoded(reply: pb.LabelResponse, n: int, description: pb.TeacherDescription)
         values = wire.decode_answers(reply.answers[0])
     except (wire.MalformedMessage, IndexError) as error:
         raise TeacherFailed(f"the server's reply cannot be read: {error}") from error
+    asked, given = (
+        (encoding, [n, *description.outputs[0].shape]),
+        (reply.answers[0].encoding, [*reply.answers[0].shape]),
+    )
+    if asked != given:
+        raise TeacherFailed(f"the server's reply has encoding and shape {given}, asked were {asked}")
     logits: Tensor | TopK
     if isinstance(values, wire.TopK):
         top, indices, mass = map(torch.from_numpy, (values.values, values.indices, values.tail_mass))
-        logits, count = TopK(top, indices.long(), mass, values.temperature), len(top)
+        logits = TopK(top, indices.long(), mass, values.temperature)
     else:
-        logits, count = torch.from_numpy(values), len(values)
-    if count != n:
-        raise TeacherFailed(f"the server's reply holds {count} answers to {n} samples")
+        logits = torch.from_numpy(values)
     sources = tuple(_SOURCES.get(source, "unknown") for source in reply.sources)
     return Answer(logits, sources, reply.cost, tuple(reply.budgets), reply.fingerprint, description)
 

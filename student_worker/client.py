@@ -32,7 +32,7 @@ CacheMode = Literal["use", "read_only", "bypass"]
 Encoding = Literal["float32", "float16", "top_k"]
 
 _log = logging.getLogger(__name__)
-_BATCHES_A_PART = 4  # enough to keep a device busy, few enough that `window` parts fit a queue and finish in time
+_BATCHES_A_PART = 4  # enough to keep a device busy, few enough that each part finishes well in time
 _MESSAGE_OVERHEAD = 64 * 1024  # names, shapes and the reply's own fields, generously
 _LARGEST_MESSAGE = 2**31 - 1  # the server's Describe states the limit that counts
 _ENCODINGS = {"float32": pb.ENCODING_FLOAT32, "float16": pb.ENCODING_FLOAT16, "top_k": pb.ENCODING_TOP_K}
@@ -142,7 +142,8 @@ class TeacherClient:
     def submit(self, x: Samples, *, request_id: str = "", cache_mode: CacheMode = "use") -> "Future[Answer]":
         """Like `label`, without waiting for the answer; blocks while `window` parts are in flight.
 
-        Once a part has failed, or the future was cancelled, no further part is sent.
+        Once a part has failed, or the future was cancelled, no further part is sent. Callbacks of the future run in one
+        of `window` threads that also ask: they must not wait for another answer.
         """
         if cache_mode not in _CACHE_MODES:
             raise ValueError(f"cache_mode is {cache_mode!r}: choose one of {', '.join(_CACHE_MODES)}")
@@ -189,7 +190,7 @@ class TeacherClient:
         return min(n, fitting, limits.max_samples_per_query, _BATCHES_A_PART * limits.max_batch_size)
 
     def _answered(self, request: pb.LabelRequest, n: int, description: pb.TeacherDescription) -> Answer:
-        return decoded(self._called("Label", request), n, description)
+        return decoded(self._called("Label", request), n, description, self._spec.encoding)
 
     def _called(self, call: str, request: Message) -> Any:
         """The reply to one call, retried where it is worth it."""
@@ -197,9 +198,9 @@ class TeacherClient:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Retryable),
             stop=tenacity.stop_before_delay(self._timeout) | tenacity.stop_when_event_set(self._closed),
-            wait=self._wait,
+            wait=partial(_wait, len(self._stubs)),
             sleep=tenacity.sleep_using_event(self._closed),
-            before_sleep=self._tell if call == "Describe" else None,
+            before_sleep=partial(_tell, self._timeout) if call == "Describe" else None,
             reraise=True,
         )
         try:
@@ -225,21 +226,23 @@ class TeacherClient:
                 self._current = (at + 1) % len(self._stubs)
             raise ours from error
 
-    def _tell(self, state: tenacity.RetryCallState) -> None:
-        """A first call that finds nobody would be silent for the whole timeout."""
-        if state.attempt_number == 1 and state.outcome:
-            _log.warning("%s; trying for up to %g s", state.outcome.exception(), self._timeout)
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        """No time before the next address; jittered backoff, and no less than the server's hint, once all refused."""
-        if state.attempt_number % len(self._stubs):
-            return 0.0
-        error = state.outcome.exception() if state.outcome else None
-        hint = error.retry_after if isinstance(error, Retryable) else 0.0
-        return hint + _BACKOFF(state)
-
 
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=5.0)
+
+
+def _tell(timeout: float, state: tenacity.RetryCallState) -> None:
+    """A first call that finds nobody would be silent for the whole timeout."""
+    if state.attempt_number == 1 and state.outcome:
+        _log.warning("%s; trying for up to %g s", state.outcome.exception(), timeout)
+
+
+def _wait(addresses: int, state: tenacity.RetryCallState) -> float:
+    """No time before the next address; jittered backoff, and no less than the server's hint, once all refused."""
+    if state.attempt_number % addresses:
+        return 0.0
+    error = state.outcome.exception() if state.outcome else None
+    hint = error.retry_after if isinstance(error, Retryable) else 0.0
+    return hint + _BACKOFF(state)
 
 
 def _close(closed: threading.Event, channels: Sequence[grpc.Channel], pool: DaemonPool) -> None:
@@ -281,7 +284,7 @@ class _Whole:
         self._parts: list[Future[Answer]] = []
         self._settled = False
         self._lock = threading.Lock()  # never held while a future's callbacks run: they may come back here
-        self.future.add_done_callback(self._drop)
+        self.future.add_done_callback(partial(_drop, self._parts))
 
     def add(self, number: int, part: "Future[Answer]") -> None:
         self._parts.append(part)
@@ -300,8 +303,10 @@ class _Whole:
             with self._lock:
                 self._answers[number] = part.result()
                 answers = [answer for answer in self._answers if answer is not None]
-            if len(answers) == len(self._answers) and self._settle():
-                self.future.set_result(concatenated(answers))
+            if len(answers) == len(self._answers):
+                whole = concatenated(answers)
+                if self._settle():
+                    self.future.set_result(whole)
 
     def _settle(self) -> bool:
         """True for the first who may set the future's outcome; never once its owner has cancelled it."""
@@ -309,6 +314,9 @@ class _Whole:
             first, self._settled = not self._settled, True
         return first and self.future.set_running_or_notify_cancel()
 
-    def _drop(self, _: "Future[Answer]") -> None:
-        for part in list(self._parts):
-            part.cancel()
+
+def _drop(parts: "list[Future[Answer]]", _: "Future[Answer]") -> None:
+    """Cancels what has not begun, and lets go of the rest: parts know their whole, and answers are large."""
+    for part in list(parts):
+        part.cancel()
+    parts.clear()

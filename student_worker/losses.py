@@ -98,7 +98,8 @@ def _bucket_divergence(student: Tensor, teacher: Tensor, indices: Tensor, tail_m
     if indices.shape[1] == student.shape[1]:  # no class is left for the tail; whatever mass it claims is rounding
         return _divergence(top, teacher)
     tail = tail_mass.clamp(0, 1 - torch.finfo(teacher.dtype).eps)
-    student_tail = student.scatter(1, indices, -torch.inf).logsumexp(1)
+    # Finite, for a student that excludes all other classes: the gradient of a log-sum-exp over -inf alone is NaN.
+    student_tail = student.scatter(1, indices, -torch.inf).clamp(min=torch.finfo(student.dtype).min).logsumexp(1)
     return _divergence(top, teacher + torch.log1p(-tail).unsqueeze(1)) + _terms(student_tail, tail.log())
 
 

@@ -31,11 +31,7 @@ COMMANDS: dict[str, Command] = {"serve": (ServeSettings, _serve)}
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it; gRPC's log repeats it
-    try:
-        return run_command("teacher-server", COMMANDS, argv)
-    except KeyboardInterrupt:
-        print("\nteacher-server: interrupted while loading", file=sys.stderr)
-        return 130
+    return run_command("teacher-server", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from teacher_server.errors import InvalidQuery, NotImplementedHere, OtherFingerp
 
 # All of a request but its tensors' bytes: names, shapes, specs. It bounds the work of looking through them.
 _MAX_ENVELOPE_BYTES = 16 * 1024
+_MAX_INPUTS = 16
 _MAX_OUTPUTS = 4
 _KNOWN_OUTPUTS = ("logits",)
 
@@ -36,6 +37,8 @@ def check_envelope(request: Request) -> int:
 
     Raises InvalidQuery for an oversize envelope, NotImplementedHere for an unknown field.
     """
+    if isinstance(request, pb.LabelRequest) and len(request.inputs) > _MAX_INPUTS:
+        raise InvalidQuery(f"inputs: {len(request.inputs)} tensors; a query has at most {_MAX_INPUTS}")
     content = sum(len(tensor.data) for tensor in request.inputs) if isinstance(request, pb.LabelRequest) else 0
     size = request.ByteSize() - content
     if size > _MAX_ENVELOPE_BYTES:

@@ -9,6 +9,7 @@ Samples are divisible: a query may be spread over several batches, and is put to
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
@@ -121,7 +122,14 @@ class Batcher:
             self._check_room(query)
             self._queue.add(query)
             self._changed.notify_all()
-        query.future.add_done_callback(lambda _: self._settle(query, None))
+        # Weakly: a query that holds its future that holds the query would keep the samples until the next collection.
+        weak = weakref.ref(query)
+
+        def ended(_: Future[Computed]) -> None:
+            if (waiting := weak()) is not None:
+                self._settle(waiting, None)
+
+        query.future.add_done_callback(ended)
         return query.future
 
     def _check_room(self, query: Query) -> None:
@@ -177,6 +185,7 @@ class Batcher:
         try:
             while batch := self._next_batch():
                 self._answer(batch)
+                batch = {}  # while this thread waits, nothing is kept
         except BaseException as error:  # noqa: BLE001 - no future may stay pending, whatever ended this thread
             if isinstance(error, DeviceLost):
                 reason = str(error)

@@ -2,10 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf import duration_pb2
@@ -24,13 +23,14 @@ from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
-_MAX_MESSAGE = 1000
+_MAX_MESSAGE_BYTES = 1000
+_GRACE_SECONDS = 5.0  # for replies that are on their way, once nothing is computed any more
 _Reply = TypeVar("_Reply")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcApp:
-    """`async with` opens the port, NOT_SERVING until told otherwise; leaving cancels whatever is still under way."""
+    """`async with` opens the port, NOT_SERVING until told otherwise; leaving lets replies on their way arrive."""
 
     def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics, config: NetworkConfig) -> None:
         self._config = config
@@ -60,7 +60,7 @@ class GrpcApp:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._server.stop(None)
+        await self._server.stop(min(_GRACE_SECONDS, self._config.drain_seconds))
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -104,11 +104,11 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         try:
             metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
             caller = self._authenticator.caller(metadata)
-            with self._under_way(caller.tenant):
-                reply = await call(caller)
+            self._begin(caller.tenant, context)
+            reply = await call(caller)
             code = code_pb2.OK
         except TeacherServerError as error:
-            refused, code = error, error.code
+            refused, code = _status(error), error.code  # not the error: its traceback holds the request
         except asyncio.CancelledError:
             if (remaining := context.time_remaining()) is not None and remaining <= 0:
                 code = code_pb2.DEADLINE_EXCEEDED
@@ -119,27 +119,28 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
             self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
         if refused is not None:
-            await context.abort_with_status(rpc_status.to_status(_status(refused)))
+            await context.abort_with_status(rpc_status.to_status(refused))
         return reply
 
-    @contextmanager
-    def _under_way(self, tenant: str) -> Iterator[None]:
+    def _begin(self, tenant: str, context: _Context) -> None:
+        """Counts a call of the tenant's until its reply is sent, or it ends otherwise."""
         if self._calls[tenant] >= self._max_calls_of_a_tenant:
             raise QueueFull(
                 f"tenant {tenant!r} has {self._calls[tenant]} calls under way, the most that one may "
                 "(half of --max-concurrent-calls); ask again when some have been answered",
                 retry_after=0.1,
             )
-        self._calls[tenant] += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
+
+        def end(_: object) -> None:
             self._calls[tenant] -= 1
             if not self._calls[tenant]:
                 del self._calls[tenant]
             if not self._calls:
                 self.idle.set()
+
+        self._calls[tenant] += 1
+        self.idle.clear()
+        context.add_done_callback(cast("Any", end))  # gRPC's stub wants a name for what it gives by position
 
 
 def _status(error: TeacherServerError) -> status_pb2.Status:
@@ -150,8 +151,9 @@ def _status(error: TeacherServerError) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     text = str(error)
-    if len(text) > _MAX_MESSAGE:  # it travels in the trailers, which gRPC bounds; beyond, the code itself is lost
-        text = f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)"
+    content = text.encode()
+    if len(content) > _MAX_MESSAGE_BYTES:  # it travels in trailers, which gRPC bounds; beyond, the code itself is lost
+        text = f"{content[:_MAX_MESSAGE_BYTES].decode(errors='ignore')}... ({len(text)} characters)"
     status = status_pb2.Status(code=error.code, message=text)
     for detail in details:
         status.details.add().Pack(detail)

@@ -73,15 +73,20 @@ class HttpApp:
     """`async with` binds the port and serves until left."""
 
     def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics, config: NetworkConfig) -> None:
+        # A peer that does not read its reply may not keep the process from ending.
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off"}
         self._server = _Uvicorn(
-            uvicorn.Config(http_app(service, authenticator, metrics), log_config=None, access_log=False, lifespan="off")
+            uvicorn.Config(http_app(service, authenticator, metrics), timeout_graceful_shutdown=1, **options)
         )
         self._address = (config.host, config.http_port)
         self.port = 0
 
     async def __aenter__(self) -> "HttpApp":
         family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
-        self._socket = socket.create_server(self._address, family=family)
+        try:
+            self._socket = socket.create_server(self._address, family=family)
+        except OSError as error:
+            raise OSError(f"http_port: cannot bind {self._address[1]} ({error}); give another --http-port") from error
         self.port = self._socket.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         return self

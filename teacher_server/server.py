@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +17,7 @@ from teacher_server.engine import Engine
 from teacher_server.grpc_app import GrpcApp
 from teacher_server.http_app import HttpApp
 from teacher_server.metrics import Metrics
-from teacher_server.model import load
+from teacher_server.model import ModelError, load
 from teacher_server.service import Served, Service
 
 _log = logging.getLogger(__name__)
@@ -65,12 +66,17 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         teacher.description.limits.CopyFrom(
             pb.Limits(
                 max_message_bytes=settings.max_message_bytes,
-                max_samples_per_query=settings.max_samples_per_query,
+                max_samples_per_query=min(
+                    settings.max_samples_per_query, settings.max_queue_size, settings.max_tenant_queue_size
+                ),
                 max_batch_size=settings.max_batch_size,
             )
         )
         engine = Engine(teacher.module, teacher.description, settings, settings.max_batch_size)
-        await asyncio.to_thread(engine.warm_up)
+        try:
+            await asyncio.to_thread(engine.warm_up)
+        except Exception as error:
+            raise ModelError(f"model: {settings.model} failed in warm-up: {type(error).__name__}: {error}") from error
         with Batcher(
             settings,
             engine.forward,
@@ -104,12 +110,14 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
 async def serve(settings: ServeSettings) -> int:
     """Serves until SIGTERM or SIGINT (status 0), or until the device is lost (status 1).
 
-    Until the teacher is loaded nobody waits for an answer, and signals do what they do by default.
+    Until the teacher is loaded nobody waits for an answer, and signals end the process at once, also as PID 1.
     """
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, os._exit, 128 + number)
     async with teacher_server(settings) as server:
-        stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stop.set)
         print(  # noqa: T201 - the one line that says where the ports are, for people and scripts
             f"teacher-server: ready, grpc {server.grpc_address}, http {server.http_address}, "
             f"teacher {server.description.name} ({server.description.fingerprint}), "
@@ -120,8 +128,7 @@ async def serve(settings: ServeSettings) -> int:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.cancel()
-        lost = server.device_lost.is_set()
-    return 1 if lost else 0
+    return 1 if server.device_lost.is_set() else 0
 
 
 def _is_loopback(host: str) -> bool:

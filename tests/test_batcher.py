@@ -4,9 +4,11 @@ Nothing here sleeps. Queries submitted before the batcher is entered form batche
 one batch through at a time; a delay of a thousand seconds never runs out.
 """
 
+import gc
 import itertools
 import queue
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
@@ -671,3 +673,19 @@ class Batching(RuleBasedStateMachine):
 
 Batching.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestBatching = Batching.TestCase
+
+
+def test_an_answered_querys_samples_are_let_go_without_the_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        with Batcher(BatcherConfig(max_batch_size=8), lambda inputs: {"logits": inputs["x"][:, :1]}) as batcher:
+            alive = []
+            for _ in range(20):
+                x = np.zeros((4, 1000), np.float32)
+                alive.append(weakref.ref(x))
+                batcher.submit("t", "j", {"x": x}).result(30)
+                del x
+            assert sum(ref() is not None for ref in alive) <= 2
+    finally:
+        gc.enable()

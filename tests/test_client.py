@@ -1,11 +1,13 @@
 """TeacherClient against real servers: what it sends, what it refuses, when it retries, and its own exceptions."""
 
+import gc
 import itertools
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -27,6 +29,7 @@ from student_worker.errors import (
     UnknownTeacher,
 )
 from student_worker.losses import TopK, distillation_loss
+from student_worker.threads import DaemonPool
 from tests.serving import GATE, ROOT, Gated, arguments, free_port, process, serving, until
 from tests.teachers import TINY, save, save_pair, save_picky, tiny
 from tests.test_server import direct, metric, pixels
@@ -332,9 +335,14 @@ class Liar(teacher_pb2_grpc.TeacherServicer):
             "4 bytes, but shape",
         ),
         (
-            pb.LabelResponse(fingerprint="f", answers=[pb.Answers(shape=[1, 1], values=b"1234")]),
+            pb.LabelResponse(fingerprint="f", answers=[pb.Answers(encoding=1, shape=[1, 1], values=b"1234")]),
             TeacherFailed,
-            "1 answers to 2 samples",
+            r"shape \(1, \[1, 1\]\), asked were \(1, \[2, 10\]\)",
+        ),
+        (
+            pb.LabelResponse(fingerprint="f", answers=[pb.Answers(encoding=2, shape=[2, 10], values=bytes(40))]),
+            TeacherFailed,
+            "has encoding and shape",
         ),
     ],
 )
@@ -380,3 +388,40 @@ def test_ctrl_c_ends_a_loop_whose_teacher_hangs(tmp_path):
                 loop.kill()
         assert "KeyboardInterrupt" in errors
         assert loop.returncode in {1, 130, -signal.SIGINT}
+
+
+def test_a_failing_part_settles_the_whole_while_others_wait(server):
+    """Its failure drops the parts that have not begun, whose callbacks come back to the same query."""
+    with TeacherClient(server.grpc_address, window=2) as client:
+        client.describe()
+        release = threading.Event()
+        slow = client.submit(pixels(1))
+        slow.add_done_callback(lambda _: release.wait(10))  # keeps one of the two threads
+        client._description.fingerprint = "0" * 32
+        failing = client.submit(pixels(100))
+        with pytest.raises(FingerprintChanged):
+            failing.result(10)
+        release.set()
+
+
+def test_answers_are_let_go_without_the_collector(server):
+    with TeacherClient(server.grpc_address) as client:
+        client.label(pixels(1))
+        gc.collect()
+        gc.disable()
+        try:
+            alive = [weakref.ref(client.label(pixels(2)).logits) for _ in range(20)]
+            until(lambda: sum(ref() is not None for ref in alive) <= 2)
+        finally:
+            gc.enable()
+
+
+def test_a_pool_that_is_closed_or_forked_leaves_nobody_waiting():
+    pool = DaemonPool(1, "teacher-client-test")
+    assert pool.submit(lambda: 7).result(10) == 7
+    pool.close()
+    pool.close()
+    assert pool.submit(lambda: 7).cancelled()
+    pool._process = -1
+    with pytest.raises(RuntimeError, match="forked"):
+        pool.submit(lambda: 7)

@@ -209,3 +209,12 @@ def test_a_temperature_that_travelled_as_float32_is_the_same():
     wire = torch.tensor(0.7, dtype=torch.float32).item()
     assert wire != 0.7
     distillation_loss(logits(), top_k(logits(), 3, wire), 0.7)
+
+
+def test_a_student_that_excludes_all_tail_classes_keeps_finite_gradients():
+    student = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]], requires_grad=True)
+    answer = TopK(torch.tensor([[3.0, 1.0]]), torch.tensor([[0, 1]]), torch.tensor([0.0]), 1.0)
+    loss = distillation_loss(student, answer, 1.0)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad[0, :2].isfinite().all()

@@ -78,8 +78,16 @@ def test_what_kubernetes_adds_to_the_environment_is_not_ours(monkeypatch, capsys
     monkeypatch.setenv("STUDENT_PORT", "tcp://10.0.0.1:8001")
     monkeypatch.setenv("STUDENT_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("STUDENT_PORT_8001_TCP_ADDR", "10.0.0.1")
+    monkeypatch.setenv("STUDENT_GRPC_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("STUDENT_METRICS_PORT_9090_TCP_ADDR", "10.0.0.1")
     assert run("train", "--epochs", "2") == 0
     assert capsys.readouterr().out == "2 0\n"
+
+
+def test_a_port_of_no_service_is_a_typo(monkeypatch, capsys):
+    monkeypatch.setenv("STUDENT_PORT", "9000")
+    assert run("train") == 2
+    assert "unknown environment variable: STUDENT_PORT" in capsys.readouterr().err
 
 
 def test_no_command_and_unknown_commands_list_what_there_is(capsys):
