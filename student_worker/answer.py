@@ -54,7 +54,9 @@ def decoded(reply: pb.LabelResponse, n: int, description: pb.TeacherDescription,
         logits = TopK(top, indices.long(), mass, values.temperature)
     else:
         logits = torch.from_numpy(values)
-    sources = tuple(_SOURCES.get(source, "unknown") for source in reply.sources)
+    if unknown := set(reply.sources) - _SOURCES.keys():
+        raise TeacherFailed(f"the server's reply has sources {unknown}, which are not known here")
+    sources = tuple(_SOURCES[source] for source in reply.sources)
     return Answer(logits, sources, reply.cost, tuple(reply.budgets), reply.fingerprint, description)
 
 

@@ -4,18 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from student_worker.client import TeacherClient
-from student_worker.data import UNLABELLED, Dataset, epoch_order
+from student_worker.data import UNLABELLED, Dataset, Labels, Pixels, epoch_order
 from student_worker.errors import TeacherMisunderstands
 from student_worker.understanding import Understanding, binomial_tail
 
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-
-CHECKED_SAMPLES = 256
-_BY_LUCK = 1e-3
+_BY_LUCK = 1e-3  # below this chance of guessing as many right, the teacher is said to understand
 
 _VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
     "with its channels in reverse order": lambda x: x[:, ::-1],

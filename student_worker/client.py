@@ -23,7 +23,7 @@ from protos import teacher_pb2_grpc, wire
 from protos.conformance import check_inputs, check_job_name
 from protos.wire import Array
 from student_worker.answer import Answer, concatenated, decoded
-from student_worker.errors import InvalidQuery, TeacherUnavailable, UnknownTeacher
+from student_worker.errors import InvalidQuery, TeacherFailed, TeacherUnavailable, UnknownTeacher
 from student_worker.status import Retryable, translated
 from student_worker.threads import DaemonPool
 
@@ -128,7 +128,10 @@ class TeacherClient:
                 if len(reply.teachers) != 1:
                     names = [teacher.name for teacher in reply.teachers]
                     raise UnknownTeacher(f"teacher: {names} are served at {self._addresses}; say which one you mean")
-                self._description = reply.teachers[0]
+                (description,) = reply.teachers
+                if not description.inputs or len(description.outputs) != 1 or len(description.outputs[0].shape) != 1:
+                    raise TeacherFailed("the server describes a teacher without inputs or without its one output")
+                self._description = description
             return self._description
 
     def label(self, x: Samples, *, request_id: str = "", cache_mode: CacheMode = "use") -> Answer:

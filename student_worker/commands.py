@@ -3,24 +3,32 @@
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
-from student_worker.check import CHECKED_SAMPLES, check
+from student_worker.check import check
 from student_worker.checkpoint import save_checkpoint
 from student_worker.client import TeacherClient
-from student_worker.config import CheckSettings, CompareSettings, TeacherConfig, TrainSettings
+from student_worker.config import (
+    CHECKED_SAMPLES,
+    CheckSettings,
+    CompareSettings,
+    TeacherConfig,
+    TrainSettings,
+)
 from student_worker.data import Dataset, load
 from student_worker.train import Progress, known_labels, train
 from student_worker.unix import Distilled
 
 
 def train_command(settings: TrainSettings) -> None:
+    _earlier_files(settings)  # told before the teacher is asked anything
     if not settings.method.startswith("hard"):
-        _check(settings, settings.job)
+        _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
     progress = _run(settings)
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
@@ -29,27 +37,25 @@ def train_command(settings: TrainSettings) -> None:
 
 
 def check_command(settings: CheckSettings) -> None:
-    data = load(settings.dataset, settings.data_directory)
-    with _client(settings, settings.job) as teacher:
-        print(check(teacher, data, known_labels(settings, data), settings.samples))  # noqa: T201
+    _check(settings, settings.job, settings.samples)
 
 
 def compare_command(settings: CompareSettings) -> None:
     from student_worker.compare import compare  # noqa: PLC0415 - needs the bench extra
 
-    description = _check(settings, settings.job)
+    description = _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
     print(compare(settings, _run, description))  # noqa: T201
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
 
 
-def _check(settings: TrainSettings | CompareSettings, job: str) -> pb.TeacherDescription:
-    """Before a run: does the teacher understand the data? Booked to a job of its own, so that the run's count is its.
+def _check(settings: CheckSettings | TrainSettings | CompareSettings, job: str, samples: int) -> pb.TeacherDescription:
+    """Does the teacher understand the data? Before a run it is booked to another job, so that the run's count is its.
 
     Unix asks the same for free while it trains; with few labels it would take it many steps to know.
     """
     data = load(settings.dataset, settings.data_directory)
-    with _client(settings, f"{job}-check") as teacher:
-        print(check(teacher, data, known_labels(settings, data), CHECKED_SAMPLES))  # noqa: T201
+    with _client(settings, job) as teacher:
+        print(check(teacher, data, known_labels(settings, data), samples))  # noqa: T201
         return teacher.describe()
 
 
@@ -63,18 +69,21 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
     )
 
 
-def _make_room(settings: TrainSettings) -> None:
-    """Two runs in one folder would leave one's late epochs behind the other's early ones."""
+def _earlier_files(settings: TrainSettings) -> list[Path]:
+    """Another run's files in the output folder: two runs in one would leave one's late epochs behind the other's.
+
+    Raises ValueError unless they may be overwritten.
+    """
     earlier = [*settings.output.glob("epoch-*"), *settings.output.glob("events.out.tfevents.*")]
     if earlier and not settings.overwrite:
         raise ValueError(f"output: {settings.output} holds another run's files; give another --output, or --overwrite")
-    for path in earlier:
-        path.unlink()
+    return earlier
 
 
 def _run(settings: TrainSettings) -> Progress:
     """One training run with its checkpoints, its event files and a progress bar on standard error."""
-    _make_room(settings)
+    for path in _earlier_files(settings):
+        path.unlink()
     with ExitStack() as stack:
         teacher = None
         if not settings.method.startswith("hard"):

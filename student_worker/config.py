@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field, field_validator
 from protos.settings import Settings
 
 Method = Literal["hard", "hard+mixup", "kd", "kd+mixup", "unix"]
+CHECKED_SAMPLES = 256
+"""Labelled samples that a teacher is asked about to see whether it understands the data."""
 METHODS: tuple[Method, ...] = ("hard", "hard+mixup", "kd", "kd+mixup", "unix")
 
 
@@ -114,7 +116,7 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
 class CheckSettings(DataConfig, TeacherConfig, Settings, env_prefix="STUDENT_"):
     """Ask a teacher about labelled clean samples, and say whether it understands the data."""
 
-    samples: int = Field(default=256, ge=1)
+    samples: int = Field(default=CHECKED_SAMPLES, ge=1)
     """How many labelled samples to ask about, at most."""
     job: str = "check"
     """Name of this run at the teacher: its spend is booked under it."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.asking import stub_at
 from tests.serving import arguments, serving
 
 torch.set_num_threads(1)  # threads of several networks on two cores wait for one another longer than they compute
@@ -25,3 +26,9 @@ def server(tmp_path_factory):
     """A running server that serves `tests.teachers:tiny`, shared by all tests: they name jobs of their own."""
     with serving(**arguments(tmp_path_factory.mktemp("server"))) as running:
         yield running
+
+
+@pytest.fixture
+def stub(server):
+    with stub_at(server.grpc_address) as stub:
+        yield stub

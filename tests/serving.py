@@ -72,10 +72,6 @@ class Gated(nn.Module):
         return self.net(x)
 
 
-def gated() -> nn.Module:
-    return Gated()
-
-
 class Doomed(nn.Module):
     """Its device is lost at the first batch of 13."""
 
@@ -89,10 +85,6 @@ class Doomed(nn.Module):
         return self.net(x)
 
 
-def doomed() -> nn.Module:
-    return Doomed()
-
-
 class Wordy(Doomed):
     """Says very much when it fails, at a batch of 13."""
 
@@ -102,10 +94,6 @@ class Wordy(Doomed):
         return self.net(x)
 
 
-def wordy() -> nn.Module:
-    return Wordy()
-
-
 class Stuck(Doomed):
     """Never comes back from a batch of 13."""
 
@@ -113,10 +101,6 @@ class Stuck(Doomed):
         if len(x) == 13:
             threading.Event().wait()
         return self.net(x)
-
-
-def stuck() -> nn.Module:
-    return Stuck()
 
 
 LOADING = threading.Event()
@@ -129,21 +113,20 @@ def slow() -> nn.Module:
     return tiny()
 
 
-FACTORIES = {
-    "tiny": ("tests.teachers:tiny", tiny),
-    "gated": ("tests.serving:gated", gated),
-    "doomed": ("tests.serving:doomed", doomed),
-    "wordy": ("tests.serving:wordy", wordy),
-    "stuck": ("tests.serving:stuck", stuck),
-    "slow": ("tests.serving:slow", slow),
-}
+FACTORIES = {"tiny": tiny, "gated": Gated, "doomed": Doomed, "wordy": Wordy, "stuck": Stuck, "slow": slow}
 
 
 def arguments(folder: Path, teacher: str = "tiny") -> dict[str, object]:
     """The settings that serve one of FACTORIES on free ports."""
-    model, factory = FACTORIES[teacher]
+    factory = FACTORIES[teacher]
     weights = save(factory(), folder / f"{teacher}.safetensors", TINY)
-    return {"model": model, "weights": weights, "grpc_port": 0, "http_port": 0, "threads": 1}
+    return {
+        "model": f"{factory.__module__}:{factory.__name__}",
+        "weights": weights,
+        "grpc_port": 0,
+        "http_port": 0,
+        "threads": 1,
+    }
 
 
 def free_port() -> int:

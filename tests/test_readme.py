@@ -10,8 +10,8 @@ from google.protobuf import json_format
 from protos import teacher_pb2 as pb
 from student_worker.__main__ import COMMANDS as STUDENT
 from teacher_server.__main__ import COMMANDS as TEACHER
+from tests.asking import metric, pixels
 from tests.serving import ROOT
-from tests.test_server import metric, pixels
 from tests.test_system import small_student
 
 README = (ROOT / "README.md").read_text()

@@ -13,8 +13,8 @@ from torch import nn
 
 from student_worker import TeacherClient, Unix
 from student_worker.errors import InvalidQuery, TeacherUnavailable
+from tests.asking import direct, metric, pixels
 from tests.serving import GATE, ROOT, arguments, serving, until
-from tests.test_server import direct, metric, pixels
 
 
 def small_student():

@@ -19,8 +19,8 @@ from student_worker.config import METHODS, TrainSettings
 from student_worker.data import UNLABELLED, labelled_subset, load
 from student_worker.models import build
 from student_worker.train import epoch_batches, train
+from tests.asking import metric
 from tests.serving import ROOT, process, serving
-from tests.test_server import metric
 
 BUILD = {"name": "cnn-tiny", "channels": 1, "classes": 10, "size": 8}
 
