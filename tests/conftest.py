@@ -1,11 +1,15 @@
 """Shared by all tests: --fail-on-skip, and a teacher server to talk to."""
 
+import signal
+
 import pytest
 import torch
 
 from tests.asking import stub_at
 from tests.serving import arguments, serving
 
+# Started in the background, a shell has us ignore SIGINT, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # threads of several networks on two cores wait for one another longer than they compute
 
 
