@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliPositionalArg,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -25,6 +27,7 @@ from pydantic_settings import (
 _SERVICE_LINK = re.compile(
     r"\w+_SERVICE_(HOST|PORT)(_\w+)?=.*|\w+_PORT_\d+_(TCP|UDP)(_\w+)?=.*|\w+_PORT=(tcp|udp)://.*"
 )
+_POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks such a field in its metadata
 
 
 class _TomlFile(TomlConfigSettingsSource):
@@ -43,8 +46,10 @@ class _TomlFile(TomlConfigSettingsSource):
             raise SettingsError(f"config: {config} cannot be read as TOML: {error}") from error
         if not Path(config).is_file():
             raise SettingsError(f"config: no file at {config}")
-        _refuse_unknown(values, {name: name for name in self.settings_cls.model_fields}, f"key in {config}")
-        return values
+        own: Mapping[str, Any] = self.settings_cls.model_fields
+        foreign: Mapping[str, Any] = getattr(self.settings_cls, "keys_of_others", {})
+        _refuse_unknown(values, {name: name for name in (*own, *foreign)}, f"key in {config}")
+        return {name: value for name, value in values.items() if name in own}
 
 
 class Settings(BaseSettings):
@@ -56,6 +61,8 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+    keys_of_others: ClassVar[Mapping[str, Any]] = {}
+    """Keys that may stand in the same TOML file for another command."""
 
     config: Path | None = None
     """TOML file with any of these keys."""
@@ -76,44 +83,60 @@ Command = tuple[type[Settings], Callable[[Any], int | None]]
 
 
 def run_command(program: str, commands: Mapping[str, Command], argv: list[str] | None = None) -> int:
-    """Parses `program COMMAND [OPTIONS]`, runs the command and returns its exit status (2: unusable arguments)."""
+    """Parses `program COMMAND [OPTIONS]`, runs the command and returns its exit status (2: unusable arguments).
+
+    A command may have two words, "ledger show"; those with the same first one are a group with a --help of its own.
+    """
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, commands))
-        print(f"usage: {program} COMMAND [OPTIONS]\n\ncommands:")
-        for name, (settings, _) in commands.items():
-            print(f"  {name:{width}}  {(settings.__doc__ or '').strip().splitlines()[0]}")
-        print(f"\n{program} COMMAND --help lists a command's options.")
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+    if arguments[:1] == ["--version"]:
         print(f"{program} {version('preceptor')}")
         return 0
-    name, *options = arguments
-    if name not in commands:
-        print(f"{program}: unknown command {name!r}; one of {', '.join(commands)}", file=sys.stderr)
+    group = next((f"{word} " for word in arguments[:1] if any(name.startswith(f"{word} ") for name in commands)), "")
+    known = {name.removeprefix(group): name for name in commands if name.startswith(group)}
+    words = arguments[1:] if group else arguments
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, known))
+        print(f"usage: {program} {group}COMMAND [OPTIONS]\n\ncommands:")
+        for word, name in known.items():
+            print(f"  {word:{width}}  {(commands[name][0].__doc__ or '').strip().splitlines()[0]}")
+        print(f"\n{program} {group}COMMAND --help lists a command's options.")
+        return 0 if words else 2
+    word, *options = words
+    if word not in known:
+        print(f"{program}: unknown command {group + word!r}; one of {', '.join(known.values())}", file=sys.stderr)
         return 2
+    name = known[word]
     settings_cls, run = commands[name]
     prefix = settings_cls.model_config["env_prefix"]
     try:
-        known = {f"{prefix}{field}".upper(): field for cls, _ in commands.values() for field in cls.model_fields}
+        variables = {f"{prefix}{field}".upper(): field for cls, _ in commands.values() for field in cls.model_fields}
         ours = {
             key
             for key, value in os.environ.items()
             if key.startswith(prefix) and not _SERVICE_LINK.fullmatch(f"{key}={value}")
         }
-        _refuse_unknown(ours, known, "environment variable")
+        _refuse_unknown(ours, variables, "environment variable")
         parser = CliSettingsSource[Any](settings_cls, cli_prog_name=f"{program} {name}")
         parsed = CliApp.run(settings_cls, cli_args=options, cli_settings_source=parser)
     except ValidationError as error:
         for problem in error.errors():
-            key = str(problem["loc"][0]) if problem["loc"] else "options"
-            given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-            print(f"{program} {name}: {key}: {problem['msg']}{given} (--{key.replace('_', '-')})", file=sys.stderr)
+            print(f"{program} {name}: {_say(problem, settings_cls)}", file=sys.stderr)
         return 2
     except SettingsError as error:
         print(f"{program} {name}: {error}", file=sys.stderr)
         return 2
     return run(parsed) or 0
+
+
+def _say(problem: ErrorDetails, settings: type[Settings]) -> str:
+    if not problem["loc"]:  # of several fields together; all that was given may hold a password
+        return problem["msg"].removeprefix("Value error, ")
+    key = str(problem["loc"][0])
+    flag = f"--{key.replace('_', '-')}"
+    if key in settings.model_fields and _POSITIONAL in settings.model_fields[key].metadata:
+        flag = key.upper()
+    given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    return f"{key}: {problem['msg']}{given} ({flag})"
 
 
 def _refuse_unknown(given: Any, known: Mapping[str, str], what: str) -> None:

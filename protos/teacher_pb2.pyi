@@ -201,20 +201,22 @@ class Precision(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., absolute_tolerance: _Optional[float] = ..., relative_tolerance: _Optional[float] = ...) -> None: ...
 
 class LabelRequest(_message.Message):
-    __slots__ = ("teacher", "inputs", "outputs", "request_id", "expected_fingerprint", "cache_mode")
+    __slots__ = ("teacher", "inputs", "outputs", "request_id", "expected_fingerprint", "cache_mode", "cache_namespace")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_MODE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSpec]
     request_id: str
     expected_fingerprint: str
     cache_mode: CacheMode
-    def __init__(self, teacher: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., request_id: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., cache_mode: _Optional[_Union[CacheMode, str]] = ...) -> None: ...
+    cache_namespace: str
+    def __init__(self, teacher: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., request_id: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., cache_mode: _Optional[_Union[CacheMode, str]] = ..., cache_namespace: _Optional[str] = ...) -> None: ...
 
 class LabelResponse(_message.Message):
     __slots__ = ("fingerprint", "answers", "sources", "cost", "budgets")
@@ -245,7 +247,7 @@ class Cost(_message.Message):
     def __init__(self, samples: _Optional[int] = ..., money_nanos: _Optional[int] = ..., currency: _Optional[str] = ..., flops: _Optional[float] = ..., device_nanoseconds: _Optional[int] = ...) -> None: ...
 
 class Budget(_message.Message):
-    __slots__ = ("owner", "name", "unit", "limit", "left", "until")
+    __slots__ = ("owner", "name", "unit", "limit", "left", "until", "period")
     class Owner(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OWNER_UNSPECIFIED: _ClassVar[Budget.Owner]
@@ -262,31 +264,45 @@ class Budget(_message.Message):
     UNIT_UNSPECIFIED: Budget.Unit
     UNIT_SAMPLES: Budget.Unit
     UNIT_MONEY_NANOS: Budget.Unit
+    class Period(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PERIOD_UNSPECIFIED: _ClassVar[Budget.Period]
+        PERIOD_TOTAL: _ClassVar[Budget.Period]
+        PERIOD_DAY: _ClassVar[Budget.Period]
+        PERIOD_MONTH: _ClassVar[Budget.Period]
+    PERIOD_UNSPECIFIED: Budget.Period
+    PERIOD_TOTAL: Budget.Period
+    PERIOD_DAY: Budget.Period
+    PERIOD_MONTH: Budget.Period
     OWNER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
     UNTIL_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
     owner: Budget.Owner
     name: str
     unit: Budget.Unit
     limit: int
     left: int
     until: _timestamp_pb2.Timestamp
-    def __init__(self, owner: _Optional[_Union[Budget.Owner, str]] = ..., name: _Optional[str] = ..., unit: _Optional[_Union[Budget.Unit, str]] = ..., limit: _Optional[int] = ..., left: _Optional[int] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    period: Budget.Period
+    def __init__(self, owner: _Optional[_Union[Budget.Owner, str]] = ..., name: _Optional[str] = ..., unit: _Optional[_Union[Budget.Unit, str]] = ..., limit: _Optional[int] = ..., left: _Optional[int] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., period: _Optional[_Union[Budget.Period, str]] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("teacher", "keys", "outputs", "expected_fingerprint")
+    __slots__ = ("teacher", "keys", "outputs", "expected_fingerprint", "cache_namespace")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSpec]
     expected_fingerprint: str
-    def __init__(self, teacher: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., expected_fingerprint: _Optional[str] = ...) -> None: ...
+    cache_namespace: str
+    def __init__(self, teacher: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., expected_fingerprint: _Optional[str] = ..., cache_namespace: _Optional[str] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("fingerprint", "found", "answers")
@@ -317,7 +333,7 @@ class SpendResponse(_message.Message):
     def __init__(self, lines: _Optional[_Iterable[_Union[SpendLine, _Mapping]]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ...) -> None: ...
 
 class SpendLine(_message.Message):
-    __slots__ = ("tenant", "job", "day", "fingerprint", "asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds", "money_nanos", "currency")
+    __slots__ = ("tenant", "job", "day", "fingerprint", "asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds", "money_nanos", "currency", "nanos_per_sample")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     DAY_FIELD_NUMBER: _ClassVar[int]
@@ -330,6 +346,7 @@ class SpendLine(_message.Message):
     DEVICE_NANOSECONDS_FIELD_NUMBER: _ClassVar[int]
     MONEY_NANOS_FIELD_NUMBER: _ClassVar[int]
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    NANOS_PER_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     job: str
     day: str
@@ -342,4 +359,5 @@ class SpendLine(_message.Message):
     device_nanoseconds: int
     money_nanos: int
     currency: str
-    def __init__(self, tenant: _Optional[str] = ..., job: _Optional[str] = ..., day: _Optional[str] = ..., fingerprint: _Optional[str] = ..., asked: _Optional[int] = ..., computed: _Optional[int] = ..., cached: _Optional[int] = ..., coalesced: _Optional[int] = ..., flops: _Optional[float] = ..., device_nanoseconds: _Optional[int] = ..., money_nanos: _Optional[int] = ..., currency: _Optional[str] = ...) -> None: ...
+    nanos_per_sample: int
+    def __init__(self, tenant: _Optional[str] = ..., job: _Optional[str] = ..., day: _Optional[str] = ..., fingerprint: _Optional[str] = ..., asked: _Optional[int] = ..., computed: _Optional[int] = ..., cached: _Optional[int] = ..., coalesced: _Optional[int] = ..., flops: _Optional[float] = ..., device_nanoseconds: _Optional[int] = ..., money_nanos: _Optional[int] = ..., currency: _Optional[str] = ..., nanos_per_sample: _Optional[int] = ...) -> None: ...

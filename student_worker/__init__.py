@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student_worker.answer import Answer
+    from student_worker.answer import Answer, Lookup
     from student_worker.client import TeacherClient
     from student_worker.unix import Distilled, Unix
 
-__all__ = ["Answer", "Distilled", "TeacherClient", "Unix"]
+__all__ = ["Answer", "Distilled", "Lookup", "TeacherClient", "Unix"]
 
-_HOMES = {"Answer": "answer", "TeacherClient": "client", "Distilled": "unix", "Unix": "unix"}
+_HOMES = {"Answer": "answer", "Lookup": "answer", "TeacherClient": "client", "Distilled": "unix", "Unix": "unix"}
 
 
 def __getattr__(name: str) -> Any:

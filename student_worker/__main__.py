@@ -19,14 +19,14 @@ def _runs(name: str) -> Callable[[Any], int]:
             print(f"student-worker: {error}; install Preceptor with its [student] extra", file=sys.stderr)
             return 1
         try:
-            getattr(commands, name)(settings)
+            status: int = getattr(commands, name)(settings) or 0
         except ModuleNotFoundError as error:
             print(f"student-worker: {error}; Preceptor's [bench] extra brings what compare needs", file=sys.stderr)
             return 1
         except (TeacherError, DataError, ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
             print(f"student-worker: {error}", file=sys.stderr)
             return 1
-        return 0
+        return status
 
     return run
 

@@ -29,10 +29,15 @@ def save_checkpoint(folder: Path, epoch: int, student: nn.Module, data: Dataset,
             seen.add(place)
             state[name] = tensor.detach().cpu().contiguous()
     description = json_format.MessageToJson(describe(data, record["accuracy"]), indent=None)
-    path = folder / f"epoch-{epoch:04d}.safetensors"
+    path = checkpoint_path(folder, epoch)
     _write(path, save(state, metadata={"preceptor": description}))
     _write(path.with_suffix(".json"), json.dumps(record, indent=2, default=str).encode() + b"\n")
     return path
+
+
+def checkpoint_path(folder: Path, epoch: int) -> Path:
+    """Where an epoch's weights are; its record is beside them."""
+    return folder / f"epoch-{epoch:04d}.safetensors"
 
 
 def describe(data: Dataset, top1: float) -> pb.TeacherDescription:

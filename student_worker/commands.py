@@ -1,5 +1,6 @@
 """What the command line does with its settings: opens what a run needs, reports, closes."""
 
+import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
 from student_worker.check import check
-from student_worker.checkpoint import save_checkpoint
+from student_worker.checkpoint import checkpoint_path, save_checkpoint
 from student_worker.client import TeacherClient
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -21,19 +22,49 @@ from student_worker.config import (
     TrainSettings,
 )
 from student_worker.data import Dataset, load
-from student_worker.train import Progress, known_labels, train
+from student_worker.errors import BudgetSpent
+from student_worker.lessons import known_labels
+from student_worker.train import Progress, train
 from student_worker.unix import Distilled
 
+_BUDGET_SPENT = 3  # exit status
 
-def train_command(settings: TrainSettings) -> None:
+
+def train_command(settings: TrainSettings) -> int:
+    """Exit status 3: the run was stopped by a spent budget."""
     _earlier_files(settings)  # told before the teacher is asked anything
+    spent = ""
     if not settings.method.startswith("hard"):
-        _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
-    progress = _run(settings)
+        try:
+            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+        except BudgetSpent as error:
+            spent = str(error)
+    stopping = settings.on_budget_spent == "stop"
+    if spent and stopping:
+        _tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
+        return _BUDGET_SPENT
+    if spent:
+        _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
+    progress = _run(settings, spent)
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
     )
+    if not progress.budget_spent:
+        return 0
+    _tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
+    return _BUDGET_SPENT if stopping else 0
+
+
+def _ended(progress: Progress, settings: TrainSettings) -> str:
+    if settings.on_budget_spent == "stop":
+        weights = checkpoint_path(settings.output, progress.epoch)
+        return f"stopped after {progress.steps} of {progress.of_steps} steps, checkpoint in {weights}"
+    return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def check_command(settings: CheckSettings) -> None:
@@ -66,6 +97,19 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
         token=settings.token(),
         teacher=settings.teacher_name,
         timeout=settings.teacher_timeout,
+        cache_namespace=settings.cache_namespace,
+    )
+
+
+def _kind(budget: pb.Budget) -> str:
+    """Such as tenant_samples_month: apart from any other budget that one query draws on."""
+    return "_".join(
+        name.partition("_")[2].lower()
+        for name in (
+            pb.Budget.Owner.Name(budget.owner),
+            pb.Budget.Unit.Name(budget.unit),
+            pb.Budget.Period.Name(budget.period),
+        )
     )
 
 
@@ -80,7 +124,7 @@ def _earlier_files(settings: TrainSettings) -> list[Path]:
     return earlier
 
 
-def _run(settings: TrainSettings) -> Progress:
+def _run(settings: TrainSettings, budget_spent: str = "") -> Progress:
     """One training run with its checkpoints, its event files and a progress bar on standard error."""
     for path in _earlier_files(settings):
         path.unlink()
@@ -98,19 +142,21 @@ def _run(settings: TrainSettings) -> Progress:
             bar.update()
             events.add_scalar("train/loss", loss, step)
             events.add_scalar("unix/share", b.share.mean().item(), step)
+            for budget in b.budgets:
+                events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
 
         def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
             bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
             events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
             events.add_scalar("teacher/asked", progress.asked, progress.steps)
+            events.add_scalar("teacher/computed", progress.computed, progress.steps)
             record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
             save_checkpoint(settings.output, progress.epoch, student, data, record)
             if bar.disable:
-                print(  # noqa: T201
+                loss = math.nan if progress.loss is None else progress.loss
+                _tell(
                     f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
-                    f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
+                    f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
                 )
 
-        return train(settings, teacher, on_step=on_step, on_epoch=on_epoch)
+        return train(settings, teacher, budget_spent=budget_spent, on_step=on_step, on_epoch=on_epoch)

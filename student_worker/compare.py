@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import secrets
 import statistics
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -33,8 +34,9 @@ class Run:
     accuracy: float
     steps: int
     asked: int
-    """Samples that the teacher was asked about, as its server counted them; `computed` likewise."""
+    """Samples that the teacher was asked about, as its server counted them; `computed` and `cached` likewise."""
     computed: int
+    cached: int
     scored: int
     learnt: int
     seconds: float
@@ -53,8 +55,9 @@ class Summary:
     above_kd_interval: float | None
     asked: float
     computed: float
+    cached: float
     share_of_kd_beta1: float
-    """All computation, of teacher and student, over that of full KD; beta = forwards that a backward counts as."""
+    """All computation, of teacher and student, over full KD's without a cache; beta = forwards a backward counts as."""
     share_of_kd_beta2: float
     seconds: float
 
@@ -68,10 +71,15 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
             trial = _trial(settings, method, seed, name)
             before = _counted(settings.metrics_url, trial.job)
             progress = run(trial)
-            after = _counted(settings.metrics_url, trial.job)
-            if after[0] - before[0] < progress.asked:
+            if progress.budget_spent:
                 raise ValueError(
-                    f"the server counts {after[0] - before[0]} samples asked by job {trial.job}, which asked "
+                    f"the teacher's budget was spent in run {trial.job} after {progress.taught} of {progress.of_steps} "
+                    f"steps, so there is nothing to compare at equal steps: {progress.budget_spent}"
+                )
+            counted = {name: n - before[name] for name, n in _counted(settings.metrics_url, trial.job).items()}
+            if counted["asked"] < progress.asked:
+                raise ValueError(
+                    f"the server counts {counted['asked']} samples asked by job {trial.job}, which asked "
                     f"{progress.asked}: is {settings.metrics_url} this teacher's, and does it still keep jobs apart?"
                 )
             runs.append(
@@ -80,8 +88,7 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
                     seed=seed,
                     accuracy=progress.accuracy,
                     steps=progress.steps,
-                    asked=after[0] - before[0],
-                    computed=after[1] - before[1],
+                    **counted,
                     scored=progress.scored,
                     learnt=progress.learnt,
                     seconds=progress.seconds,
@@ -120,7 +127,9 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
 
 def _remarks(summaries: Sequence[Summary], settings: CompareSettings, items: int) -> str:
     """What a reader must know about the table: the variant of UNIX, and how much of it is noise."""
-    remarks = ["Accuracy after the last epoch, all at equal steps; asked and computed as the server counted them."]
+    remarks = [
+        "Accuracy after the last epoch, all at equal steps; asked, computed and cached as the server counted them."
+    ]
     if "unix" in settings.methods:
         remarks.append(
             f"unix: {settings.strategy} scores in {settings.score_mode} mode, {settings.mixing} mixing, keeps "
@@ -139,7 +148,16 @@ def _remarks(summaries: Sequence[Summary], settings: CompareSettings, items: int
 
 
 def table(summaries: Sequence[Summary]) -> str:
-    head = ("method", "accuracy %", "vs KD", "asked", "computed", "of KD's computation, beta 1 | 2", "seconds")
+    head = (
+        "method",
+        "accuracy %",
+        "vs KD",
+        "asked",
+        "computed",
+        "cached",
+        "of KD's computation, beta 1 | 2",
+        "seconds",
+    )
     rows = [head, *map(_row, summaries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -153,6 +171,7 @@ def _row(s: Summary) -> tuple[str, ...]:
         "" if s.above_kd is None or s.method == "kd" else _points(s.above_kd, s.above_kd_interval, sign="+"),
         f"{s.asked:,.0f}",
         f"{s.computed:,.0f}",
+        f"{s.cached:,.0f}",
         f"{s.share_of_kd_beta1:.1%} | {s.share_of_kd_beta2:.1%}",
         f"{s.seconds:.0f}",
     )
@@ -173,26 +192,28 @@ def _trial(settings: CompareSettings, method: Method, seed: int, name: str) -> T
             "method": method,
             "seed": seed,
             "job": f"{settings.job}-{name}",
+            # Its own at every invocation: what another run left in the cache would blur the comparison.
+            "cache_namespace": f"{settings.job}-{name}/{secrets.token_hex(8)}",
             "output": settings.output / name,
         }
     )
 
 
-def _counted(metrics_url: str, job: str) -> tuple[int, int]:
-    """(asked, computed) samples of a job so far, over all tenants, from the server's own /metrics."""
+def _counted(metrics_url: str, job: str) -> dict[str, int]:
+    """The asked, computed and cached samples of a job so far, over all tenants, from the server's own /metrics."""
     try:
         with urllib.request.urlopen(metrics_url, timeout=10) as reply:  # noqa: S310 - the operator's own address
             families = text_string_to_metric_families(reply.read().decode())
     except OSError as error:
         raise ValueError(f"metrics_url: {metrics_url} cannot be read ({error}); give the teacher's /metrics") from error
-    asked = computed = 0.0
+    counted = dict.fromkeys(("asked", "computed", "cached"), 0)
     for sample in (sample for family in families for sample in family.samples):
         if sample.labels.get("job") == job:
             if sample.name == "preceptor_asked_samples_total":
-                asked += sample.value
-            elif sample.name == "preceptor_samples_total" and sample.labels["source"] == "computed":
-                computed += sample.value
-    return int(asked), int(computed)
+                counted["asked"] += int(sample.value)
+            elif sample.name == "preceptor_samples_total" and sample.labels["source"] in counted:
+                counted[sample.labels["source"]] += int(sample.value)
+    return counted
 
 
 def _summary(method: Method, runs: Sequence[Run], teacher_flops: float, student_flops: float, whole: int) -> Summary:
@@ -223,6 +244,7 @@ def _summary(method: Method, runs: Sequence[Run], teacher_flops: float, student_
         above_kd_interval=_interval(differences),
         asked=statistics.mean(each.asked for each in ours),
         computed=statistics.mean(each.computed for each in ours),
+        cached=statistics.mean(each.cached for each in ours),
         share_of_kd_beta1=share(1.0),
         share_of_kd_beta2=share(2.0),
         seconds=statistics.mean(each.seconds for each in ours),

@@ -45,6 +45,8 @@ class TeacherConfig(BaseModel, use_attribute_docstrings=True):
     """File that holds this student's token; never the token itself, which a process list would show."""
     teacher_timeout: float = Field(default=60.0, gt=0)
     """Seconds that a query may take, retries included."""
+    cache_namespace: str = ""
+    """Answers are cached under this name and found under it only; empty = the cache that the server shares."""
 
     def token(self) -> str | None:
         return self.token_file.read_text().strip() if self.token_file else None
@@ -92,6 +94,8 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """CPU threads of the student's passes; 0 leaves the choice to torch."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where it is there."""
+    on_budget_spent: Literal["stop", "hard-labels"] = "stop"
+    """stop: the run ends, its checkpoint is written, exit status 3. hard-labels: the other steps learn from labels."""
 
 
 class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings, env_prefix="STUDENT_"):
@@ -137,6 +141,24 @@ class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settin
     """Remove other runs' checkpoints and event files from the output folder first."""
     job: str = "compare"
     """Prefix of the runs' names at the teacher."""
+
+    @field_validator("on_budget_spent")
+    @classmethod
+    def _stops(cls, value: str) -> str:
+        if value != "stop":
+            raise ValueError(
+                "a run that goes on with labels is none of its method any more, so compare takes stop only"
+            )
+        return value
+
+    @field_validator("cache_namespace")
+    @classmethod
+    def _of_its_own(cls, value: str) -> str:
+        if value:
+            raise ValueError(
+                "each run of a comparison has a namespace of its own, so that none finds another's answers"
+            )
+        return value
 
     @field_validator("methods", "seeds")
     @classmethod

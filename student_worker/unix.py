@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from protos import teacher_pb2 as pb
 from student_worker.answer import Answer
 from student_worker.errors import InvalidQuery
 from student_worker.losses import TopK, distillation_loss
@@ -49,6 +50,8 @@ class Distilled:
     """Where each answer came from: `computed`, `cached` or `coalesced`."""
     lag: int
     """Optimiser steps between selection and use."""
+    budgets: tuple[pb.Budget, ...] = ()
+    """Those that the query drew on, after it."""
 
 
 Criterion = Callable[[Tensor, Distilled], Tensor]
@@ -258,6 +261,7 @@ class Unix:
             index=_taken(query.index, recipe.kept, device),
             source=answer.sources,
             lag=lag,
+            budgets=answer.budgets,
         )
 
     def _check(self, answer: Answer, query: _Query) -> None:

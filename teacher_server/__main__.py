@@ -3,9 +3,18 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from protos.settings import Command, run_command
 from teacher_server.config import ServeSettings
+from teacher_server.ledger_settings import (
+    BudgetSettings,
+    ExportSettings,
+    RestoreSettings,
+    ShowSettings,
+    VerifySettings,
+)
 
 
 def _serve(settings: ServeSettings) -> int:
@@ -26,7 +35,37 @@ def _serve(settings: ServeSettings) -> int:
         return 1
 
 
-COMMANDS: dict[str, Command] = {"serve": (ServeSettings, _serve)}
+def _ledger(name: str) -> Callable[[Any], int]:
+    def run(settings: Any) -> int:
+        try:
+            import asyncio
+
+            from teacher_server import ledger_commands
+        except ModuleNotFoundError as error:
+            print(f"teacher-server: {error}; install Preceptor with its [server] extra", file=sys.stderr)
+            return 1
+        try:
+            status: int = asyncio.run(getattr(ledger_commands, name)(settings, sys.stdout))
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads has seen enough; at its end Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except ledger_commands.FAILURES as error:
+            print(f"teacher-server ledger {name}: {error}", file=sys.stderr)
+            return 1
+        return status
+
+    return run
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": (ServeSettings, _serve),
+    "ledger show": (ShowSettings, _ledger("show")),
+    "ledger export": (ExportSettings, _ledger("export")),
+    "ledger verify": (VerifySettings, _ledger("verify")),
+    "ledger restore": (RestoreSettings, _ledger("restore")),
+    "ledger budget": (BudgetSettings, _ledger("budget")),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

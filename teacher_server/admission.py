@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from protos import teacher_pb2 as pb
-from protos.conformance import check_inputs
+from protos.conformance import check_inputs, check_job_name
+from protos.keys import KEY_BYTES
 from protos.wire import (
     Array,
     MalformedMessage,
@@ -32,14 +33,23 @@ class Admitted(NamedTuple):
     specs: list[pb.OutputSpec]
 
 
+class AdmittedLookup(NamedTuple):
+    keys: list[bytes]  # 16 bytes each
+    specs: list[pb.OutputSpec]
+
+
 def check_envelope(request: Request) -> int:
-    """Returns the bytes of the tensors' data; the rest of the request is small, and known to this server.
+    """Returns the bytes of the tensors' data or of the keys; the rest of the request is small, and known here.
 
     Raises InvalidQuery for an oversize envelope, NotImplementedHere for an unknown field.
     """
     if isinstance(request, pb.LabelRequest) and len(request.inputs) > _MAX_INPUTS:
         raise InvalidQuery(f"inputs: {len(request.inputs)} tensors; a query has at most {_MAX_INPUTS}")
-    content = sum(len(tensor.data) for tensor in request.inputs) if isinstance(request, pb.LabelRequest) else 0
+    content = 0
+    if isinstance(request, pb.LabelRequest):
+        content = sum(len(tensor.data) for tensor in request.inputs)
+    elif isinstance(request, pb.LookupRequest):
+        content = sum(2 + len(key) for key in request.keys)  # with the bytes that go before each
     size = request.ByteSize() - content
     if size > _MAX_ENVELOPE_BYTES:
         raise InvalidQuery(
@@ -53,36 +63,78 @@ def check_envelope(request: Request) -> int:
 
 def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admitted:
     """The inputs and outputs of a query to the teacher of that description, all checked."""
+    _check_teacher_and_namespace(request, description)
+    if request.cache_mode not in pb.CacheMode.values():
+        raise NotImplementedHere(f"cache_mode: CacheMode {request.cache_mode} is not known here")
+    with _refusals():
+        specs = _specs(request, description)
+        inputs = decode_inputs(request.inputs)
+        samples = len(next(iter(inputs.values())))
+        _check_size("inputs", "samples", samples, specs, description)
+        check_inputs(inputs, description)
+    return Admitted(inputs, samples, specs)
+
+
+def admit_lookup(request: pb.LookupRequest, description: pb.TeacherDescription) -> AdmittedLookup:
+    """The keys and outputs of a lookup in the cache of the teacher of that description, all checked."""
+    _check_teacher_and_namespace(request, description)
+    with _refusals():
+        specs = _specs(request, description)
+        if not request.keys:
+            raise MalformedMessage("keys: none given; a lookup has at least one")
+        _check_size("keys", "keys", len(request.keys), specs, description)
+        for number, key in enumerate(request.keys):
+            if len(key) != KEY_BYTES:
+                raise MalformedMessage(
+                    f"keys[{number}]: {len(key)} bytes; a key has {KEY_BYTES}, as protos/keys.py makes it"
+                )
+    return AdmittedLookup(list(request.keys), specs)
+
+
+def _check_teacher_and_namespace(
+    request: pb.LabelRequest | pb.LookupRequest, description: pb.TeacherDescription
+) -> None:
     if request.expected_fingerprint not in ("", description.fingerprint):
         raise OtherFingerprint(
             f"expected_fingerprint: teacher {description.name!r} is {description.fingerprint}, not "
             f"{request.expected_fingerprint}; its weights, factory, preprocessing or precision changed, so begin a new "
             "run with it"
         )
-    if request.cache_mode not in pb.CacheMode.values():
-        raise NotImplementedHere(f"cache_mode: CacheMode {request.cache_mode} is not known here")
+    if request.cache_namespace:
+        try:
+            check_job_name(request.cache_namespace)
+        except MalformedMessage:
+            raise InvalidQuery(
+                f"cache_namespace: {request.cache_namespace[:128]!r}; a name is 1 to 128 letters, digits or "
+                ". _ : / + -, as a job's"
+            ) from None
+
+
+def _specs(request: pb.LabelRequest | pb.LookupRequest, description: pb.TeacherDescription) -> list[pb.OutputSpec]:
     specs = list(request.outputs) or [pb.OutputSpec(name="logits", encoding=pb.ENCODING_FLOAT32)]
     if len(specs) > _MAX_OUTPUTS:
-        raise InvalidQuery(f"outputs: {len(specs)} given; ask for at most {_MAX_OUTPUTS}")
+        raise MalformedMessage(f"outputs: {len(specs)} given; ask for at most {_MAX_OUTPUTS}")
     (classes,) = description.outputs[0].shape
-    with _refusals():
-        for spec in specs:
-            if spec.name not in _KNOWN_OUTPUTS:
-                raise UnknownValue(f"outputs.name: {spec.name!r} is not served; one of {list(_KNOWN_OUTPUTS)}")
-            check_spec(spec, classes)
-        inputs = decode_inputs(request.inputs)
-        samples = len(next(iter(inputs.values())))
-        limits = description.limits
-        if samples > limits.max_samples_per_query:
-            raise MalformedMessage(f"inputs: {samples} samples; at most {limits.max_samples_per_query} make a query")
-        reply = sum(answers_bytes(spec, samples, classes) for spec in specs)
-        if reply > limits.max_message_bytes:
-            raise MalformedMessage(
-                f"inputs: the reply to {samples} samples would take {reply} bytes, a message holds "
-                f"{limits.max_message_bytes}; send fewer samples, or ask for TOP_K"
-            )
-        check_inputs(inputs, description)
-    return Admitted(inputs, samples, specs)
+    for spec in specs:
+        if spec.name not in _KNOWN_OUTPUTS:
+            raise UnknownValue(f"outputs.name: {spec.name!r} is not served; one of {list(_KNOWN_OUTPUTS)}")
+        check_spec(spec, classes)
+    return specs
+
+
+def _check_size(
+    field: str, what: str, samples: int, specs: list[pb.OutputSpec], description: pb.TeacherDescription
+) -> None:
+    limits = description.limits
+    if samples > limits.max_samples_per_query:
+        raise MalformedMessage(f"{field}: {samples} {what}; at most {limits.max_samples_per_query} make a query")
+    (classes,) = description.outputs[0].shape
+    reply = sum(answers_bytes(spec, samples, classes) for spec in specs)
+    if reply > limits.max_message_bytes:
+        raise MalformedMessage(
+            f"{field}: the reply to {samples} {what} would take {reply} bytes, a message holds "
+            f"{limits.max_message_bytes}; send fewer {what}, or ask for TOP_K"
+        )
 
 
 @contextmanager

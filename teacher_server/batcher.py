@@ -9,7 +9,6 @@ Samples are divisible: a query may be spread over several batches, and is put to
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
@@ -27,11 +26,16 @@ from teacher_server.errors import (
     QueueFull,
     TeacherServerError,
 )
-from teacher_server.queues import Array, Batch, Computed, FairQueue, Query
+from teacher_server.queues import Answer, Array, Batch, Computed, FairQueue, Query, split
 
-__all__ = ["Batcher", "Computed"]
+__all__ = ["Batcher", "Computed", "OnBatch", "split"]
 
 _log = logging.getLogger(__name__)
+
+OnBatch = Callable[[int, list[tuple[object, range]], int, dict[str, Array] | TeacherServerError], None]
+"""(number, parts, nanoseconds, outcome) of one forward pass. The number is what `forwarding` returned; a part is a
+query's tag and which of its samples were in the batch, one after another; the outcome is {output: [samples, ...]}, or
+why there is none: parts of a joint failure come again, each in a batch of its own."""
 
 
 class Batcher:
@@ -39,7 +43,10 @@ class Batcher:
 
     compute: {input: [n, ...]} -> {output: [n, ...]}, n <= max_batch_size. What it raises fails a query alone: a batch
     of several is computed again, each query by itself. DeviceLost fails everything and stops the batcher.
-    on_batch: called after each batch with the samples that it answered (0 if it failed) and its busy nanoseconds.
+    forwarding: called before each forward pass, also a repeated one, with its samples; numbers the pass. Raises
+    TeacherServerError where it may not begin, which fails the batch's queries.
+    on_batch: called after each forward pass, before any future that it completes or fails is done. Both are called
+    from the batcher's own thread; what else they raise stops the batcher.
     on_device_lost: called once, when no batch will be computed any more; everything waiting has failed by then.
     clock: seconds, for delays and deadlines. busy_clock: nanoseconds, for the device's busy time; give it the
     engine's own counter, and the times on all bills add up to that counter.
@@ -50,13 +57,15 @@ class Batcher:
         config: BatcherConfig,
         compute: Callable[[dict[str, Array]], dict[str, Array]],
         *,
-        on_batch: Callable[[int, int], None] = lambda _samples, _nanoseconds: None,
+        forwarding: Callable[[int], int] = lambda _samples: 0,
+        on_batch: OnBatch = lambda _number, _parts, _nanoseconds, _outcome: None,
         on_device_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         busy_clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self._config = config
         self._compute = compute
+        self._forwarding = forwarding
         self._on_batch = on_batch
         self._on_device_lost = on_device_lost
         self._clock = clock
@@ -105,15 +114,21 @@ class Batcher:
             return self._queue.depth()
 
     def submit(
-        self, tenant: str, job: str, inputs: Mapping[str, Array], deadline: float | None = None
+        self,
+        tenant: str,
+        job: str,
+        inputs: Mapping[str, Array],
+        deadline: float | None = None,
+        *,
+        tag: object = None,
     ) -> Future[Computed]:
         """Queues n > 0 samples, `inputs` being [n, ...] each, unchanged until answered. `deadline` is clock() time.
 
         Cancelling the future drops what has not been dispatched yet. It fails with PastDeadline, ForwardFailed,
-        DeviceLost or Draining. Raises QueueFull; InvalidQuery where the query alone is beyond the bounds; Draining
-        or DeviceLost where nothing is taken any more.
+        DeviceLost or Draining. `tag` is what on_batch knows the query by. Raises QueueFull; InvalidQuery where the
+        query alone is beyond the bounds; Draining or DeviceLost where nothing is taken any more.
         """
-        query = Query(tenant, job, inputs, self._clock(), deadline)
+        query = Query(tenant, job, inputs, self._clock(), deadline, tag)
         with self._changed:
             if self._lost is not None:
                 raise DeviceLost(self._lost)
@@ -123,7 +138,7 @@ class Batcher:
             self._queue.add(query)
             self._changed.notify_all()
         # Weakly: a query that holds its future that holds the query would keep the samples until the next collection.
-        weak = weakref.ref(query)
+        weak = query.future.query
 
         def ended(_: Future[Computed]) -> None:
             if (waiting := weak()) is not None:
@@ -131,6 +146,27 @@ class Batcher:
 
         query.future.add_done_callback(ended)
         return query.future
+
+    def withdraw(self, future: Future[Computed]) -> int:
+        """Takes back what waits of a query of `submit`'s: how many of its samples stay, dispatched, the first ones.
+
+        Their answers alone come through the future, which is cancelled where none stay. Nothing can be taken back
+        from a query that is done.
+        """
+        if not isinstance(future, Answer):
+            raise TypeError("withdraw takes a future that submit returned")
+        query = future.query()
+        with self._changed:
+            if query is None or query.settled:
+                return future.samples
+            self._queue.remove(query)
+            query.samples = dispatched = query.taken
+            complete = query.answered == dispatched
+        if not dispatched:
+            future.cancel()
+        elif complete:
+            self._settle(query, query.computed(self._clock()))
+        return dispatched
 
     def _check_room(self, query: Query) -> None:
         samples, size = query.samples, query.samples * query.sample_bytes
@@ -225,31 +261,35 @@ class Batcher:
 
     def _answer(self, batch: Batch) -> None:
         """Computes a batch and settles the queries that it completes, or each alone where it fails."""
-        samples = sum(map(len, batch.values()))
+        sizes = [len(span) for span in batch.values()]
+        samples = sum(sizes)
+        try:
+            number = self._forwarding(samples)
+        except TeacherServerError as error:  # what cannot be accounted for is not computed
+            for query in batch:
+                self._settle(query, error)
+            return
         started, busy = self._clock(), self._busy_clock()
         outputs = self._attempt(batch, samples)
         nanoseconds, seconds = self._busy_clock() - busy, self._clock() - started
         for query in batch:
             query.compute_seconds += seconds
+        self._on_batch(number, [(query.tag, span) for query, span in batch.items()], nanoseconds, outputs)
         if not isinstance(outputs, dict):
-            self._on_batch(0, nanoseconds)
             self._blame(batch, outputs)
             return
-        self._on_batch(samples, nanoseconds)
         if nanoseconds > 0:
             speed = samples / nanoseconds * 1e9
             self._samples_per_second += (speed - self._samples_per_second) * (0.2 if self._samples_per_second else 1)
         row = 0
-        for query, span in batch.items():
+        for (query, span), share in zip(batch.items(), split(nanoseconds, sizes), strict=True):
             stop = row + len(span)
-            # Differences of one rounded running total: whole nanoseconds that add up exactly.
-            query.device_nanoseconds += nanoseconds * stop // samples - nanoseconds * row // samples
-            if query.keep({name: array[row:stop] for name, array in outputs.items()}, span):
-                queued = self._clock() - query.submitted - query.compute_seconds
-                self._settle(
-                    query,
-                    Computed(query.outputs, query.device_nanoseconds, max(queued, 0.0), query.compute_seconds),
-                )
+            query.device_nanoseconds += share
+            with self._changed:  # against withdraw, which makes a query shorter
+                query.keep({name: array[row:stop] for name, array in outputs.items()}, span)
+                complete = query.answered == query.samples
+            if complete:
+                self._settle(query, query.computed(self._clock()))
             row = stop
 
     def _attempt(self, batch: Batch, samples: int) -> dict[str, Array] | TeacherServerError:

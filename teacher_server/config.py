@@ -1,9 +1,10 @@
 """The server's knobs, one model per component. Only `__main__` reads the environment and the command line."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 
 from protos.settings import Settings
 
@@ -22,7 +23,7 @@ class ModelConfig(BaseModel, use_attribute_docstrings=True):
     the weights file's own metadata."""
     name: str = Field(default="teacher", pattern=r"^[\w.-]{1,64}$")
     """The name under which students find this teacher."""
-    price_nanos: int = Field(default=0, ge=0)
+    price_nanos: int = Field(default=0, ge=0, le=10**12)
     """What one computed sample costs, in 1e-9 of the currency."""
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
     """ISO 4217 code of the price."""
@@ -58,6 +59,49 @@ class BatcherConfig(BaseModel, use_attribute_docstrings=True):
     """Bytes that all jobs of one tenant may have waiting."""
 
 
+def _state_directory() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "preceptor"
+
+
+class StoreConfig(BaseModel, use_attribute_docstrings=True):
+    """Where answers and spend are kept."""
+
+    cache_redis_url: SecretStr | None = None
+    """Redis that keeps answers: redis://, rediss:// (TLS) or unix://, with a password if it has one (best given in
+    the environment). Give it a maxmemory and allkeys-lru. Without it, an embedded Valkey."""
+    ledger_redis_url: SecretStr | None = None
+    """Redis that keeps the ledger: noeviction, with an append-only file. All replicas share it. Without it, an
+    embedded Valkey with its files in --state-directory."""
+    state_directory: Path = Field(default_factory=_state_directory)
+    """This replica's own folder: its journal, and the embedded Valkey's files. One server at a time."""
+
+
+class CacheConfig(BaseModel, use_attribute_docstrings=True):
+    """Which answers are kept, and how long."""
+
+    cache_max_bytes: int = Field(default=2**30, ge=2**20)
+    """Memory of the embedded cache. Beyond it the answers asked for least recently go (a given Redis has its own
+    maxmemory)."""
+    cache_ttl_seconds: int = Field(default=7 * 86400, ge=1)
+    """How long an answer is kept, counted from when it was computed."""
+    cache_job_share: float = Field(default=0.25, gt=0, le=1)
+    """Part of the cache's memory that one job may fill with answers before it is seen to use cached ones; so a job
+    whose samples never come again cannot push out those of others."""
+    cache_scope: Literal["shared", "tenant"] = "shared"
+    """Whether a tenant gets answers that another tenant's query computed. Shared saves most; it also lets a tenant
+    find out, by the time of an answer, whether somebody has asked about a sample that it holds."""
+
+
+class LedgerConfig(BaseModel, use_attribute_docstrings=True):
+    """How spend is kept."""
+
+    lease_seconds: float = Field(default=10.0, ge=0.5)
+    """How long a replica that is heard of no more keeps what it had reserved of budgets."""
+    request_record_seconds: int = Field(default=3600, ge=1)
+    """How long a request id is remembered after its query: as long, the same query is not charged again. Each takes
+    about 300 bytes of the ledger's Redis."""
+
+
 class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     """Where the server listens and what it lets in."""
 
@@ -76,14 +120,25 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     drain_seconds: float = Field(default=30.0, ge=0)
     """After SIGTERM: how long queued queries may take to finish; what is left then is refused and the process exits."""
     tokens_file: Path | None = None
-    """Lines of `SHA256-OF-TOKEN TENANT`. Without it everyone is tenant `default`, on loopback only."""
+    """Lines of `SHA256-OF-TOKEN TENANT`, with `admin` behind it for those who set budgets and see all spend. Without
+    the file everyone is tenant `default` and may do everything, on loopback only."""
 
     def address(self, port: int) -> str:
         """host:port, an IPv6 host in brackets."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
-class ServeSettings(ModelConfig, EngineConfig, BatcherConfig, NetworkConfig, Settings, env_prefix="TEACHER_"):
+class ServeSettings(
+    ModelConfig,
+    EngineConfig,
+    BatcherConfig,
+    StoreConfig,
+    CacheConfig,
+    LedgerConfig,
+    NetworkConfig,
+    Settings,
+    env_prefix="TEACHER_",
+):
     """Serve a teacher over gRPC and HTTP.
 
     Every option is also an environment variable (TEACHER_MAX_BATCH_SIZE) and a key of the TOML file given by

@@ -9,7 +9,7 @@ is valid wherever the query was, and is cut from the answer. A CPU runs the size
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -81,13 +81,17 @@ class Engine:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # the weights were copied on another stream than the forward's
 
-    def warm_up(self) -> None:
-        """Runs the sizes that will come, largest first: memory is laid out once, and what does not fit is known."""
+    def warm_up(self, forward: Callable[[dict[str, NDArray[np.generic]]], object] | None = None) -> None:
+        """Runs the sizes that will come, largest first: memory is laid out once, and what does not fit is known.
+
+        `forward` is this engine's own, or one that counts and calls it.
+        """
+        forward = forward or self.forward
         sizes = {self._bucket(1 << power) for power in range(self.largest_batch.bit_length() + 1)}
         for size in sorted(sizes if self._pad else {1, self.largest_batch}, reverse=True):
             if size <= self.largest_batch:
                 try:
-                    self.forward({described.name: example(described, size) for described in self._inputs})
+                    forward({described.name: example(described, size) for described in self._inputs})
                 except torch.OutOfMemoryError:
                     if size == 1:
                         raise

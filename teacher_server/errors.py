@@ -4,11 +4,15 @@
     ├── InvalidQuery          INVALID_ARGUMENT     shape, dtype, range, non-finite, one id with other content
     ├── NotImplementedHere    UNIMPLEMENTED        a field or value that this server does not know
     ├── Unauthenticated       UNAUTHENTICATED
+    ├── NotAllowed            PERMISSION_DENIED    what only an admin may
     ├── UnknownTeacher        NOT_FOUND
     ├── OtherFingerprint      FAILED_PRECONDITION
     ├── QueueFull             RESOURCE_EXHAUSTED   reason QUEUE_FULL, with a hint when to retry
+    ├── BudgetReserved        RESOURCE_EXHAUSTED   reason BUDGET_RESERVED: queries under way hold the rest; a hint
+    ├── BudgetSpent           RESOURCE_EXHAUSTED   reason BUDGET_SPENT: whose, how much, until when
     ├── PastDeadline          DEADLINE_EXCEEDED
     ├── Draining              UNAVAILABLE          this replica is going away: ask another
+    ├── LedgerUnavailable     UNAVAILABLE          a budget cannot be drawn on, since Redis does not answer
     ├── DeviceLost            UNAVAILABLE          this replica's device is broken: ask another
     └── ForwardFailed         INTERNAL             the teacher's own code raised, or answered NaN
 
@@ -41,6 +45,11 @@ class Unauthenticated(TeacherServerError):
     reason = "UNAUTHENTICATED"
 
 
+class NotAllowed(TeacherServerError):
+    code = code_pb2.PERMISSION_DENIED
+    reason = "NOT_ALLOWED"
+
+
 class UnknownTeacher(TeacherServerError):
     code = code_pb2.NOT_FOUND
     reason = "UNKNOWN_TEACHER"
@@ -60,6 +69,20 @@ class QueueFull(TeacherServerError):
         self.retry_after = retry_after
 
 
+class BudgetReserved(TeacherServerError):
+    code = code_pb2.RESOURCE_EXHAUSTED
+    reason = "BUDGET_RESERVED"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BudgetSpent(TeacherServerError):
+    code = code_pb2.RESOURCE_EXHAUSTED
+    reason = "BUDGET_SPENT"
+
+
 class PastDeadline(TeacherServerError):
     code = code_pb2.DEADLINE_EXCEEDED
     reason = "PAST_DEADLINE"
@@ -68,6 +91,11 @@ class PastDeadline(TeacherServerError):
 class Draining(TeacherServerError):
     code = code_pb2.UNAVAILABLE
     reason = "DRAINING"
+
+
+class LedgerUnavailable(TeacherServerError):
+    code = code_pb2.UNAVAILABLE
+    reason = "LEDGER_UNAVAILABLE"
 
 
 class DeviceLost(TeacherServerError):

@@ -92,10 +92,10 @@ class _Servicer(teacher_pb2_grpc.TeacherServicer):
         return await self._answered("Label", context, lambda caller: self._service.label(request, caller, deadline))
 
     async def Lookup(self, request: pb.LookupRequest, context: _Context) -> pb.LookupResponse:
-        return await self._answered("Lookup", context, lambda _: self._service.lookup(request))
+        return await self._answered("Lookup", context, lambda caller: self._service.lookup(request, caller))
 
     async def Spend(self, request: pb.SpendRequest, context: _Context) -> pb.SpendResponse:
-        return await self._answered("Spend", context, lambda _: self._service.spend(request))
+        return await self._answered("Spend", context, lambda caller: self._service.spend(request, caller))
 
     async def _answered(self, name: str, context: _Context, call: Callable[[Caller], Awaitable[_Reply]]) -> _Reply:
         """Runs `call` for the authenticated caller, counts its outcome and turns our errors into gRPC's."""

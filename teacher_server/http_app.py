@@ -1,24 +1,32 @@
-"""The HTTP side: probes, metrics, the teacher's description, OpenAPI docs."""
+"""The HTTP side: probes, metrics, the teacher's description, spend and budgets (http_accounts.py), OpenAPI docs."""
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from google.protobuf import json_format
 from google.rpc import code_pb2
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as StarletteMessage
 
 from protos import teacher_pb2 as pb
+from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
-from teacher_server.errors import TeacherServerError
+from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
+from teacher_server.http_accounts import routes
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
+from teacher_server.store import StoreUnavailable
 
 _STATUS = {
     code_pb2.INVALID_ARGUMENT: 400,
@@ -33,13 +41,14 @@ _STATUS = {
 }
 """HTTP's status for google.rpc.Code, as google.api maps them; 500 for the rest."""
 
+_MAX_BODY_BYTES = 64 * 1024
 
-def http_app(service: Service, authenticator: Authenticator, metrics: Metrics) -> FastAPI:
+
+def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, books: Books) -> FastAPI:
     app = FastAPI(title="Preceptor teacher", description="A shared teacher for knowledge distillation.")
 
-    @app.exception_handler(TeacherServerError)
-    async def refused(_: Request, error: TeacherServerError) -> JSONResponse:
-        return JSONResponse({"reason": error.reason, "detail": str(error)}, _STATUS.get(error.code, 500))
+    app.add_middleware(_SmallBodies)
+    _answer_errors(app)
 
     def caller(request: Request) -> Caller:
         return authenticator.caller(request.headers)
@@ -66,17 +75,78 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics) -
     async def teacher() -> dict[str, Any]:
         return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
 
+    app.include_router(routes(authenticator, books))
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Whatever goes wrong is said as {"reason", "detail"}."""
+
+    def answer(status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse({"reason": reason, "detail": detail}, status, headers)
+
+    @app.exception_handler(TeacherServerError)
+    async def refused(_: Request, error: TeacherServerError) -> JSONResponse:
+        return answer(_STATUS.get(error.code, 500), error.reason, str(error))
+
+    @app.exception_handler(StoreUnavailable)
+    async def no_store(_: Request, error: StoreUnavailable) -> JSONResponse:
+        return answer(503, LedgerUnavailable.reason, f"{error}; ask again, or another replica")
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(400, InvalidQuery.reason, "; ".join(map(_say, error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def no_such(_: Request, error: HTTPException) -> JSONResponse:
+        reason = HTTPStatus(error.status_code).name  # NOT_FOUND, METHOD_NOT_ALLOWED
+        return answer(error.status_code, reason, str(error.detail), error.headers)
+
+
+def _say(problem: Mapping[str, Any]) -> str:
+    """As in: query since: Input should be a valid date, got 'today'."""
+    if problem["type"] == "json_invalid":
+        return f"body: this is no JSON ({problem['ctx']['error']})"
+    where = " ".join(map(str, problem["loc"]))
+    given = "" if problem["type"] == "missing" else f", got {repr(problem['input'])[:100]}"
+    return f"{where}: {problem['msg']}{given}"
+
+
+class _SmallBodies:
+    """Reads no more of a request than what is asked for here can hold: it is read before anybody is authenticated."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def receive_some() -> StarletteMessage:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > _MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request's body is too large; {_MAX_BODY_BYTES} bytes at most")
+            return message
+
+        await self._app(scope, receive_some, send)
 
 
 class HttpApp:
     """`async with` binds the port and serves until left."""
 
-    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics, config: NetworkConfig) -> None:
+    def __init__(
+        self,
+        service: Service,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        config: NetworkConfig,
+        books: Books,
+    ) -> None:
         # A peer that does not read its reply may not keep the process from ending.
         options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off"}
         self._server = _Uvicorn(
-            uvicorn.Config(http_app(service, authenticator, metrics), timeout_graceful_shutdown=1, **options)
+            uvicorn.Config(http_app(service, authenticator, metrics, books), timeout_graceful_shutdown=1, **options)
         )
         self._address = (config.host, config.http_port)
         self.port = 0

@@ -4,8 +4,9 @@ A turn is one full batch. Longer turns would make a small query wait longer behi
 would cut queries of about a batch into pieces, so that all of them finish late together.
 """
 
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -16,18 +17,35 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 
 
+def split(nanoseconds: int, samples: Sequence[int]) -> list[int]:
+    """Device time by parts of a batch: whole nanoseconds that add up exactly."""
+    total, row, parts = sum(samples), 0, []
+    for count in samples:
+        # Differences of one rounded running total.
+        parts.append(nanoseconds * (row + count) // total - nanoseconds * row // total)
+        row += count
+    return parts
+
+
 @dataclass(frozen=True)
 class Computed:
     """What became of one query of n samples."""
 
     outputs: dict[str, Array]
-    """[n, ...] each, in the order of the query's samples."""
+    """[n, ...] each, in the order of the query's samples; of a query withdrawn half-way, the first n of them."""
     device_nanoseconds: int
     """Its share of the busy time of the batches that it was answered in; shares add up to that time exactly."""
     queue_seconds: float
     """Waiting, also between its parts; with compute_seconds, all the time from submit to answer."""
     compute_seconds: float
     """Wall time of the batches that it was part of."""
+
+
+class Answer(Future[Computed]):
+    """A query's future, and the way back to the query: weakly, so that neither keeps the other."""
+
+    query: "weakref.ref[Query]"
+    samples: int
 
 
 @dataclass(eq=False)
@@ -39,8 +57,10 @@ class Query:
     inputs: Mapping[str, Array]
     submitted: float
     deadline: float | None
-    future: Future[Computed] = field(default_factory=Future)
+    tag: object = None
+    future: Answer = field(default_factory=Answer)
     taken: int = 0
+    answered: int = 0
     settled: bool = False
     outputs: dict[str, Array] = field(default_factory=dict)
     device_nanoseconds: int = 0
@@ -51,9 +71,10 @@ class Query:
         self.sample_bytes = sum(array.nbytes for array in self.inputs.values()) // self.samples
         # Queries share a batch only where their samples can be joined into one array.
         self.kind = sorted((name, array.dtype.str, array.shape[1:]) for name, array in self.inputs.items())
+        self.future.query, self.future.samples = weakref.ref(self), self.samples
 
-    def keep(self, outputs: Mapping[str, Array], span: range) -> bool:
-        """Files the answers of samples `span`; true once the last one is there, since parts come in order."""
+    def keep(self, outputs: Mapping[str, Array], span: range) -> None:
+        """Files the answers of samples `span`; parts come in order."""
         for name, array in outputs.items():
             if len(span) == self.samples:
                 self.outputs[name] = array
@@ -61,7 +82,13 @@ class Query:
             if name not in self.outputs:
                 self.outputs[name] = np.empty((self.samples, *array.shape[1:]), array.dtype)
             self.outputs[name][span.start : span.stop] = array
-        return span.stop == self.samples
+        self.answered = span.stop
+
+    def computed(self, now: float) -> Computed:
+        """The outcome, once `answered` is `samples`."""
+        outputs = {name: array[: self.samples] for name, array in self.outputs.items()}
+        queued = max(now - self.submitted - self.compute_seconds, 0.0)
+        return Computed(outputs, self.device_nanoseconds, queued, self.compute_seconds)
 
 
 Batch = dict[Query, range]

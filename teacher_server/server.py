@@ -5,20 +5,28 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
+from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator
 from teacher_server.batcher import Batcher
+from teacher_server.cache import AnswerCache
 from teacher_server.config import ServeSettings
 from teacher_server.engine import Engine
+from teacher_server.flights import Flights
 from teacher_server.grpc_app import GrpcApp
 from teacher_server.http_app import HttpApp
+from teacher_server.ledger import Ledger
 from teacher_server.metrics import Metrics
 from teacher_server.model import ModelError, load
+from teacher_server.postings import Waste
+from teacher_server.queues import Array
 from teacher_server.service import Served, Service
+from teacher_server.store import Store, StoreUnavailable, capacity, open_stores
 
 _log = logging.getLogger(__name__)
 
@@ -49,62 +57,112 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         )
     authenticator = Authenticator.from_file(settings.tokens_file)
     metrics = Metrics()
-    service = Service(metrics)
     device_lost = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def lose_device() -> None:
-        service.drain("the device is lost")
-        loop.call_soon_threadsafe(device_lost.set)
+    async with AsyncExitStack() as stack:
+        stores = await stack.enter_async_context(open_stores(settings, settings.cache_max_bytes))
+        books = Books(stores.ledger)
+        service = Service(metrics, books)
+        http = await stack.enter_async_context(HttpApp(service, authenticator, metrics, settings, books))
+        grpc = await stack.enter_async_context(GrpcApp(service, authenticator, metrics, settings))
 
-    async with (
-        HttpApp(service, authenticator, metrics, settings) as http,
-        GrpcApp(service, authenticator, metrics, settings) as grpc,
-    ):
+        def lose_device() -> None:
+            service.drain("the device is lost")
+            loop.call_soon_threadsafe(device_lost.set)
+
         _log.info("loading %s from %s", settings.model, settings.weights)
         teacher = await asyncio.to_thread(load, settings, settings)
-        teacher.description.limits.CopyFrom(
-            pb.Limits(
-                max_message_bytes=settings.max_message_bytes,
-                max_samples_per_query=min(
-                    settings.max_samples_per_query, settings.max_queue_size, settings.max_tenant_queue_size
-                ),
-                max_batch_size=settings.max_batch_size,
+        description = teacher.description
+        description.limits.CopyFrom(_limits(settings))
+        engine = Engine(teacher.module, description, settings, settings.max_batch_size)
+        ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description))
+        books.post = ledger.post
+        await _warm_up(engine, ledger, settings)
+        cache = await stack.enter_async_context(
+            AnswerCache(
+                stores.cache,
+                settings,
+                description.outputs[0].shape[0],
+                metrics,
+                capacity=await capacity(stores.cache),
             )
         )
-        engine = Engine(teacher.module, teacher.description, settings, settings.max_batch_size)
+        batcher = stack.enter_context(
+            Batcher(
+                settings,
+                engine.forward,
+                forwarding=ledger.forwarding,
+                on_batch=lambda *batch: flights.on_batch(*batch),  # noqa: PLW0108 - they come next
+                on_device_lost=lose_device,
+                busy_clock=lambda: engine.busy_nanoseconds,
+            )
+        )
+        flights = await stack.enter_async_context(Flights(batcher, cache, ledger, metrics, description))
+        metrics.watch_budgets(ledger.states)
+        service.serve(Served(description, batcher, cache, flights, ledger))
+        await grpc.set_serving(True)
         try:
-            await asyncio.to_thread(engine.warm_up)
-        except Exception as error:
-            raise ModelError(f"model: {settings.model} failed in warm-up: {type(error).__name__}: {error}") from error
-        with Batcher(
-            settings,
-            engine.forward,
-            on_batch=metrics.batch,
-            on_device_lost=lose_device,
-            busy_clock=lambda: engine.busy_nanoseconds,
-        ) as batcher:
-            service.serve(Served(teacher.description, batcher))
-            await grpc.set_serving(True)
-            try:
-                yield RunningServer(
-                    teacher.description,
-                    settings.address(grpc.port),
-                    settings.address(http.port),
-                    device_lost,
-                )
-            finally:
-                end = loop.time() + settings.drain_seconds
-                service.drain("draining")
-                batcher.drain()
-                _log.info(
-                    "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
-                )
-                await grpc.set_serving(False)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
-                finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
-                _log.info("drained" if finished else "gave up draining; what was left is refused")
+            yield RunningServer(description, settings.address(grpc.port), settings.address(http.port), device_lost)
+        finally:
+            end = loop.time() + settings.drain_seconds
+            service.drain("draining")
+            batcher.drain()
+            _log.info(
+                "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
+            )
+            await grpc.set_serving(False)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
+            finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
+            _log.info("drained" if finished else "gave up draining; what was left is refused")
+
+
+def _limits(settings: ServeSettings) -> pb.Limits:
+    return pb.Limits(
+        max_message_bytes=settings.max_message_bytes,
+        max_samples_per_query=min(
+            settings.max_samples_per_query, settings.max_queue_size, settings.max_tenant_queue_size
+        ),
+        max_batch_size=settings.max_batch_size,
+    )
+
+
+@asynccontextmanager
+async def _ledger(store: Store, settings: ServeSettings, teacher: pb.TeacherDescription) -> AsyncIterator[Ledger]:
+    who = f"serve:{socket.gethostname()}"
+    try:
+        ledger = Ledger(store, settings, settings.state_directory / "journal", teacher, who=who)
+        await ledger.__aenter__()
+    except StoreUnavailable as error:
+        raise OSError(f"{error}; start it, or give another --ledger-redis-url") from error
+    try:
+        # The forward pass that measured its FLOPs, before anybody could note that it began.
+        ledger.book(ledger.forwarding(1), [], [Waste("own/load", 1, 0)])
+        yield ledger
+    finally:
+        await ledger.__aexit__()
+
+
+async def _warm_up(engine: Engine, ledger: Ledger, settings: ServeSettings) -> None:
+    """What it forwards is our own. Raises ModelError."""
+    passes = []
+
+    def forward(inputs: dict[str, Array]) -> None:
+        samples, busy = len(next(iter(inputs.values()))), engine.busy_nanoseconds
+        number = ledger.forwarding(samples)
+        try:
+            engine.forward(inputs)
+        finally:
+            passes.append((number, samples, engine.busy_nanoseconds - busy))
+
+    try:
+        await asyncio.to_thread(engine.warm_up, forward)
+    except Exception as error:
+        raise ModelError(f"model: {settings.model} failed in warm-up: {type(error).__name__}: {error}") from error
+    finally:
+        for number, samples, nanoseconds in passes:
+            ledger.book(number, [], [Waste("own/warm-up", samples, nanoseconds)])
 
 
 async def serve(settings: ServeSettings) -> int:

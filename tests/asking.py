@@ -28,8 +28,9 @@ def pixels(n, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, 3, 8, 8), dtype=np.uint8)
 
 
-def asking(x, **fields):
-    return pb.LabelRequest(inputs=[wire.encode_tensor("x", x)], **fields)
+def asking(x, cache_mode=pb.CACHE_MODE_BYPASS, **fields):
+    """A query to be computed afresh, unless it says otherwise: tests share servers and samples."""
+    return pb.LabelRequest(inputs=[wire.encode_tensor("x", x)], cache_mode=cache_mode, **fields)
 
 
 NET = tiny()

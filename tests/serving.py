@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
@@ -137,8 +138,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(**settings: object) -> Iterator[RunningServer]:
+def _state_of_its_own(settings: dict[str, object]) -> Iterator[dict[str, object]]:
+    """A state directory for a server that is given none."""
+    with TemporaryDirectory() as folder:
+        yield {"state_directory": folder} | settings
+
+
+@contextmanager
+def serving(**given: object) -> Iterator[RunningServer]:
     """A server in a thread of this process; leaving it drains."""
+    with _state_of_its_own(given) as settings, _serving(settings) as server:
+        yield server
+
+
+@contextmanager
+def _serving(settings: dict[str, object]) -> Iterator[RunningServer]:
     ready: Future[tuple[RunningServer, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
@@ -168,11 +182,26 @@ def serving(**settings: object) -> Iterator[RunningServer]:
 
 
 @contextmanager
-def process(**settings: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """`teacher-server serve` in a process of its own: (process, gRPC address, HTTP address). Killed when left."""
-    flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "teacher_server", "serve", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+def process(
+    *module: str, environment: Mapping[str, str] | None = None, **given: object
+) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """`teacher-server serve` in a process of its own: (process, gRPC address, HTTP address). Killed when left.
+
+    `module`: another one than teacher_server, with arguments that come before `serve`.
+    """
+    with _state_of_its_own(given) as settings:
+        flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        command = [sys.executable, "-m", *(module or ("teacher_server",)), "serve", *flags]
+        with _process(command, environment) as started:
+            yield started
+
+
+@contextmanager
+def _process(
+    command: Sequence[str], environment: Mapping[str, str] | None
+) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as server:
         try:
             line = server.stdout.readline()
             ready = re.search(r"grpc (\S+), http (\S+),", line)

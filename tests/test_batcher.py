@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import Counter
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 
 import numpy as np
 import pytest
@@ -244,6 +244,67 @@ def test_cancelling_half_way_drops_what_was_not_dispatched() -> None:
     assert gate.batches == [[0, 1, 2, 3], [100, 101]]
     with pytest.raises(CancelledError):
         long.result()
+
+
+# ------------------------------------------------------------ withdrawing
+
+
+def test_what_is_withdrawn_is_not_computed_and_what_was_dispatched_is_answered() -> None:
+    gate, batches = Gate(), []
+    with batcher(gate, max_queue_size=10, on_batch=lambda *batch: batches.append(batch[1])) as served:
+        long = served.submit("t", "j", samples(0, 10), tag="long")
+        assert gate.arrived() == [0, 1, 2, 3]
+        assert served.withdraw(long) == 4
+        assert served.depth() == {}
+        assert served.withdraw(long) == 4
+        other = served.submit("t", "j", samples(10, 12), tag="other")
+        gate.let_through(2)
+        assert logits(long) == [0, 1, 4, 9]
+        assert logits(other) == [100, 121]
+    assert gate.batches == [[0, 1, 2, 3], [10, 11]]
+    assert batches == [[("long", range(4))], [("other", range(2))]]
+
+
+def test_withdrawn_between_two_batches_the_answers_come_at_once() -> None:
+    gate = Gate()
+    served = batcher(gate)
+    long, one = served.submit("t", "j", samples(0, 10)), served.submit("u", "j", samples(10, 14))
+    with served:
+        gate.arrived()
+        gate.let_through()
+        assert gate.arrived() == [10, 11, 12, 13]  # another tenant's turn: of `long` nothing is being computed
+        assert served.withdraw(long) == 4
+        assert logits(long) == [0, 1, 4, 9]
+        gate.let_through()
+        assert logits(one) == [n * n for n in range(10, 14)]
+    assert len(gate.batches) == 2
+
+
+def test_withdrawn_in_its_second_batch() -> None:
+    gate = Gate()
+    with batcher(gate) as served:
+        long = served.submit("t", "j", samples(0, 10))
+        gate.arrived()
+        gate.let_through()
+        gate.arrived()
+        assert served.withdraw(long) == 8
+        gate.let_through()
+        assert logits(long) == [n * n for n in range(8)]
+
+
+def test_withdrawn_before_its_turn_a_query_is_cancelled_and_a_done_one_stays_done() -> None:
+    seen = Recorder()
+    served = batcher(seen)
+    gone, kept = served.submit("t", "j", samples(0, 3)), served.submit("t", "j", samples(3, 5))
+    assert served.withdraw(gone) == 0
+    assert gone.cancelled()
+    assert served.depth() == {("t", "j"): 2}
+    with served:
+        assert logits(kept) == [9, 16]
+    assert served.withdraw(kept) == 2
+    assert seen.batches == [[3, 4]]
+    with pytest.raises(TypeError, match="submit"):
+        served.withdraw(Future())
 
 
 def test_past_its_deadline_a_query_is_not_computed() -> None:

@@ -37,14 +37,28 @@ def picky(*bad: int) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 def test_only_the_guilty_query_of_a_failing_batch_fails() -> None:
     seen, reports = Recorder(picky(3)), []
-    served = batcher(seen, size=6, on_batch=lambda n, ns: reports.append((n, ns)), busy_clock=BusyClock(600))
-    futures = [served.submit("t", "j", samples(n, n + 2)) for n in (0, 2, 4, 6)]
+    numbers = itertools.count(1)
+    served = batcher(
+        seen,
+        size=6,
+        forwarding=lambda samples: next(numbers) * 100 + samples,
+        on_batch=lambda number, parts, ns, outcome: reports.append((number, parts, ns, type(outcome))),
+        busy_clock=BusyClock(600),
+    )
+    futures = [served.submit("t", "j", samples(n, n + 2), tag=n) for n in (0, 2, 4, 6)]
     with served:
         assert [logits(futures[i]) for i in (0, 2, 3)] == [[0, 1], [16, 25], [36, 49]]
         with pytest.raises(ForwardFailed, match=r"raised ValueError: cannot stand \{3\}"):
             futures[1].result(PATIENCE)
     assert seen.batches == [[0, 1, 2, 3, 4, 5], [0, 1], [2, 3], [4, 5], [6, 7]]
-    assert reports == [(0, 600), (2, 600), (0, 600), (2, 600), (2, 600)]
+    two = range(2)
+    assert reports == [
+        (106, [(0, two), (2, two), (4, two)], 600, ForwardFailed),
+        (202, [(0, two)], 600, dict),
+        (302, [(2, two)], 600, ForwardFailed),
+        (402, [(4, two)], 600, dict),
+        (502, [(6, two)], 600, dict),
+    ]
 
 
 def test_whoever_left_is_not_computed_again() -> None:
@@ -119,13 +133,14 @@ def test_a_device_lost_while_the_guilty_is_sought_leaves_nobody_waiting() -> Non
                 future.result(PATIENCE)
 
 
-def test_the_thread_never_dies_silently() -> None:
+@pytest.mark.parametrize("callback", ["forwarding", "on_batch"])
+def test_the_thread_never_dies_silently(callback: str) -> None:
     lost = threading.Event()
 
-    def broken(samples: int, nanoseconds: int) -> None:
+    def broken(*_: object) -> int:
         raise ZeroDivisionError("a bug of ours")
 
-    served = batcher(square, on_batch=broken, on_device_lost=lost.set)
+    served = batcher(square, on_device_lost=lost.set, **{callback: broken})
     future = served.submit("t", "j", samples(0, 9))
     with served:
         with pytest.raises(DeviceLost, match="stopped on ZeroDivisionError: a bug of ours"):
@@ -138,7 +153,7 @@ def test_the_thread_never_dies_silently() -> None:
 
 def test_device_time_is_shared_to_the_nanosecond() -> None:
     total: list[int] = []
-    served = batcher(square, size=7, on_batch=lambda _, ns: total.append(ns), busy_clock=BusyClock(1000))
+    served = batcher(square, size=7, on_batch=lambda *batch: total.append(batch[2]), busy_clock=BusyClock(1000))
     futures = [served.submit("t", f"{n}", samples(0, n)) for n in (1, 2, 3, 5, 11)]
     with served:
         shares = [future.result(PATIENCE).device_nanoseconds for future in futures]
@@ -179,7 +194,12 @@ def test_every_sample_is_answered_exactly_once_with_its_own_value(
     submitted: Sequence[Submitted], size: int, nanoseconds: int
 ) -> None:
     seen, total = Recorder(), []
-    served = batcher(seen, size, on_batch=lambda n, ns: total.append((n, ns)), busy_clock=BusyClock(nanoseconds))
+    served = batcher(
+        seen,
+        size,
+        on_batch=lambda _, parts, ns, __: total.append((sum(len(span) for _, span in parts), ns)),
+        busy_clock=BusyClock(nanoseconds),
+    )
     spans, futures, start = [], [], 0
     for tenant, job, n, dtype, cancelled in submitted:
         futures.append(served.submit(tenant, job, samples(start, start + n, dtype)))
@@ -226,6 +246,7 @@ class Batching(RuleBasedStateMachine):
         self.gate = Gate(picky(*range(7, 10**4, 20)))
         self.served = batcher(self.compute, self.SIZE, max_queue_size=self.BOUND)
         self.served.__enter__()
+        self.numbers = 0
         self.queries: list[tuple[range, Future[Computed]]] = []
         self.waiting: dict[int, str] = {}  # sample -> its job
         self.dispatched: set[int] = set()
@@ -249,7 +270,7 @@ class Batching(RuleBasedStateMachine):
 
     @rule(job=st.sampled_from("jkl"), n=st.integers(1, 9))
     def submit(self, job: str, n: int) -> None:
-        start = self.queries[-1][0].stop if self.queries else 0
+        start, self.numbers = self.numbers, self.numbers + n
         if list(self.waiting.values()).count(job) + n > self.BOUND:
             with pytest.raises(QueueFull):
                 self.served.submit("t", job, samples(start, start + n))
@@ -266,6 +287,21 @@ class Batching(RuleBasedStateMachine):
         if future.cancel():
             self.forget(span)
 
+    @precondition(lambda self: self.queries)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.queries) - 1))
+        span, future = self.queries[number]
+        done = future.done()
+        kept = self.served.withdraw(future)
+        self.forget(span)
+        if not done:
+            assert kept == len(self.dispatched.intersection(span))
+            self.queries[number] = (range(span.start, span.start + kept), future)
+            assert kept or future.cancelled()
+            if set(self.at_gate).isdisjoint(span):
+                assert future.done()
+
     @precondition(lambda self: self.at_gate)
     @rule()
     def step(self) -> None:
@@ -274,7 +310,7 @@ class Batching(RuleBasedStateMachine):
         for span, future in self.queries:
             if guilty := any(number % 20 == 7 for number in batch.intersection(span)):
                 self.forget(span)
-            if guilty or span[-1] in batch:
+            if guilty or (span and span[-1] in batch):
                 assert wait([future], PATIENCE).done
         self.next_batch()
 

@@ -34,7 +34,8 @@ def job():
 
 @pytest.fixture
 def client(server, job):
-    with TeacherClient(server.grpc_address, job=job) as client:
+    """The server is shared by all tests, its cache is not."""
+    with TeacherClient(server.grpc_address, job=job, cache_namespace=job) as client:
         yield client
 
 

@@ -1,6 +1,9 @@
 """The content key of a sample: golden, independent of the batch, different for whatever differs."""
 
+import struct
+
 import numpy as np
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +53,19 @@ def test_whatever_differs_has_another_key():
 def test_other_bytes_have_another_key(rows):
     first, second = sample_keys("f", {"x": np.frombuffer(b"".join(rows), np.uint8).reshape(2, 3)})
     assert first != second
+
+
+@given(st.integers(1, 5), st.sampled_from([1, 31_000, 33_000, 70_000]), st.booleans())
+def test_keys_of_any_size_are_the_hash_of_the_message_that_the_module_describes(n, size, two):
+    def part(data):
+        return struct.pack("<Q", len(data)) + data
+
+    inputs = {"x": np.arange(n * size, dtype=np.uint32).astype(np.uint8).reshape(n, size)}
+    if two:
+        inputs["a"] = np.arange(2 * n, dtype=np.int64).reshape(n, 2)
+    messages = [part(b"preceptor.sample.v1") + part("é".encode())] * n
+    for name in sorted(inputs):
+        for i, row in enumerate(inputs[name]):
+            shape = struct.pack("<q", len(row))
+            messages[i] += part(name.encode()) + part(row.dtype.name.encode()) + part(shape) + part(row.tobytes())
+    assert sample_keys("é", inputs) == [blake3(message).digest(length=KEY_BYTES) for message in messages]

@@ -151,11 +151,6 @@ def test_bad_queries_get_the_thing_the_value_and_the_code_and_are_not_asked(stub
     stub.Label(asking(pixels(1)))  # and the server goes on
 
 
-def test_calls_of_later_issues_are_unimplemented(stub):
-    assert refusal(stub.Lookup, pb.LookupRequest())[0] is grpc.StatusCode.UNIMPLEMENTED
-    assert refusal(stub.Spend, pb.SpendRequest())[0] is grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_a_query_that_makes_the_network_fail_harms_no_other_in_its_batch(tmp_path):
     weights = save_picky(tmp_path)
     with (

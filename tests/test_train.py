@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from student_worker import TeacherClient
 from student_worker.__main__ import main
 from student_worker.checkpoint import save_checkpoint
-from student_worker.config import METHODS, TrainSettings
+from student_worker.compare import compare
+from student_worker.config import METHODS, CompareSettings, TrainSettings
 from student_worker.data import UNLABELLED, labelled_subset, load
+from student_worker.lessons import epoch_batches
 from student_worker.models import build
-from student_worker.train import epoch_batches, train
+from student_worker.train import Progress, train
 from tests.asking import metric
 from tests.serving import ROOT, process, serving
 
@@ -90,6 +92,9 @@ def test_every_method_takes_the_same_steps_and_the_server_counts_what_it_asked(t
         assert progress.asked == metric(teacher, "preceptor_asked_samples_total", job=f"method-{method}"), method
         assert progress.asked == asked[method], method
         assert progress.scored == (2 * n if method == "unix" else 0), method
+        assert progress.taught == (0 if method.startswith("hard") else steps), method
+        assert progress.computed + progress.cached + progress.coalesced == progress.asked, method
+        assert progress.budget_spent == "", method
         assert progress.accuracy > 0.15, method
 
 
@@ -181,10 +186,12 @@ def test_compare_reports_what_the_server_counted(teacher, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     by_method = {summary["method"]: summary for summary in report["summary"]}
     n = 1437
-    assert by_method["kd"]["asked"] == by_method["kd"]["computed"] == 2 * n
-    assert by_method["kd"]["share_of_kd_beta1"] == by_method["kd"]["share_of_kd_beta2"] == 1
-    unix = by_method["unix"]
-    assert unix["asked"] == 2 * (22 * 48 + 22)
+    # The digits' views are all the same, so KD's second epoch comes from its cache; mixed samples never do.
+    kd, unix = by_method["kd"], by_method["unix"]
+    assert (kd["asked"], kd["computed"], kd["cached"]) == (2 * n, n, n)
+    assert kd["share_of_kd_beta1"] == pytest.approx((n + 2 * n * 2) / (2 * n * 3))
+    assert unix["asked"] == unix["computed"] == 2 * (22 * 48 + 22)
+    assert "computed  cached" in table
     assert f"{unix['share_of_kd_beta1']:.1%} | {unix['share_of_kd_beta2']:.1%}" in table
     # The paper's formula, on the batches as they were: here teacher and student are the same network.
     whole = 2 * n
@@ -192,7 +199,33 @@ def test_compare_reports_what_the_server_counted(teacher, tmp_path, capsys):
     assert by_method["hard"]["asked"] == 0
     assert by_method["hard"]["above_kd"] < 0
     assert {run["seed"] for run in report["runs"]} == {0, 1}
+    # Each run has a namespace of its own: the second seed finds none of the first one's answers.
+    assert {run["computed"] for run in report["runs"] if run["method"] == "kd"} == {n}
+    assert main([*command, "--overwrite"]) == 0  # nor does a second comparison, under the same names
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert {run["computed"] for run in again["runs"] if run["method"] == "kd"} == {n}
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_comparison_in_which_a_budget_was_spent_has_no_result(teacher, tmp_path):
+    compared = CompareSettings(
+        dataset="digits", methods=("kd",), metrics_url=f"http://{teacher.http_address}/metrics", output=tmp_path,
+        job="poorer",
+    )  # fmt: skip
+    spaces = []
+
+    def run(trial):
+        spaces.append(trial.cache_namespace)
+        counts = dict.fromkeys(("asked", "computed", "cached", "coalesced", "scored", "learnt"), 0)
+        rest = counts | {"loss": 1.0, "accuracy": 0.5, "seconds": 1.0}
+        return Progress(epoch=1, steps=7, of_steps=46, taught=7, budget_spent="all gone", **rest)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"spent in run poorer-kd-s0 after 7 of 46 steps, .*: all gone"):
+            compare(compared, run, teacher.description)
+    assert not (tmp_path / "report.json").exists()
+    assert all(space.startswith("poorer-kd-s0/") for space in spaces)
+    assert len(set(spaces)) == 2
 
 
 @pytest.mark.parametrize(
@@ -205,6 +238,7 @@ def test_compare_reports_what_the_server_counted(teacher, tmp_path, capsys):
         (["--dataset", "fashion-mnist", "--data-directory", "/nowhere"], "/nowhere holds no train-images"),
         (["--teacher-address", "127.0.0.1:1", "--teacher-timeout", "0.2", "--method", "kd"], "UNAVAILABLE"),
         (["--token-file", "/nowhere", "--method", "kd"], "/nowhere"),
+        (["--cache-namespace", "a b", "--method", "kd"], "cache_namespace: 'a b'"),
         (["--device", "cuda:99"], "device: cuda:99 is not there"),
         (["--device", "tpu9"], "device: 'tpu9' is none"),
     ],

@@ -1,0 +1,159 @@
+"""What this replica has computed and not yet seen on Redis's disk: a local file, written ahead.
+
+    forwarding(n)  -> "a forward pass of n samples begins", before it does, from the batcher's thread
+    record(lines)  -> what became of it and who is charged, as soon as that is known
+    posted(k)      -> all records so far belong to posting k or an earlier one
+    forget(k)      -> Redis has the postings up to k on its disk
+
+A record is one line with a checksum, appended by one write(2): what was written survives the end of the process however
+it comes. It is not synced to the disk: a machine that loses its power loses its last seconds here, as Redis does.
+What a process left behind is read by `left_behind`; passes that began and have no outcome were wasted.
+"""
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from teacher_server.errors import LedgerUnavailable
+
+_SEGMENT_BYTES = 8 * 2**20
+Record = dict[str, Any]
+"""What happened to one batch or query, as `ledger.py` understands it."""
+
+
+class Journal:
+    """One run of one replica, an *epoch*. `forwarding` is for any thread, the rest for one."""
+
+    def __init__(self, directory: Path, epoch: str, header: dict[str, Any]) -> None:
+        self.epoch = epoch
+        self._directory = directory
+        self._header = header
+        self._lock = threading.Lock()
+        self._number = 0
+        self._open: dict[int, int] = {}  # passes under way: their samples
+        self._segment = 0
+        self._written = 0
+        self._torn = False
+        self._posted = 0
+        self._old: list[tuple[Path, int]] = []  # full segments, and the last posting in each
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._begin_segment()
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def forwarding(self, samples: int) -> int:
+        """Notes that a forward pass of so many samples begins; returns its number.
+
+        Raises LedgerUnavailable where that cannot be written: what cannot be accounted for is not computed.
+        """
+        with self._lock:
+            self._number += 1
+            self._append({"forward": self._number, "samples": samples})
+            self._open[self._number] = samples
+            return self._number
+
+    def record(self, record: Record, number: int | None = None) -> None:
+        """Notes an outcome; with a number, that of the forward pass of this number. Raises LedgerUnavailable."""
+        with self._lock:
+            self._append({"record": record} if number is None else {"record": record, "of": number})
+            if number is not None:
+                self._open.pop(number, None)
+
+    def posted(self, posting: int) -> None:
+        """Notes that all records so far belong to this posting or an earlier one."""
+        with self._lock:
+            self._append({"posting": posting})
+            self._posted = posting
+            if self._written > _SEGMENT_BYTES:
+                self._old.append((self._path(), posting))
+                os.close(self._file)
+                self._segment += 1
+                self._begin_segment()
+
+    def forget(self, posting: int) -> None:
+        """Drops the files of which Redis has everything."""
+        while self._old and self._old[0][1] <= posting:
+            self._old.pop(0)[0].unlink(missing_ok=True)
+
+    def _path(self) -> Path:
+        return self._directory / f"{self.epoch}.{self._segment:06}"
+
+    def _begin_segment(self) -> None:
+        self._file = os.open(self._path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._written = 0
+        self._append({"epoch": self.epoch, "posted": self._posted, **self._header})
+        for number, samples in self._open.items():
+            self._append({"forward": number, "samples": samples})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        text = json.dumps(entry, separators=(",", ":")).encode()
+        line = b"%s%08x %s\n" % (b"\n" if self._torn else b"", zlib.crc32(text), text)
+        try:
+            self._torn = True  # until it is known to be whole
+            self._torn = os.write(self._file, line) < len(line)
+            problem: object = "the disk took only a part"
+        except OSError as error:
+            problem = error
+        if self._torn:
+            raise LedgerUnavailable(
+                f"the journal cannot be written ({self._path()}: {problem}), and what cannot be accounted for is not "
+                "computed; ask another replica"
+            )
+        self._written += len(line)
+
+
+class LeftBehind(NamedTuple):
+    """An epoch whose process has ended."""
+
+    epoch: str
+    header: dict[str, Any]
+    postings: dict[int, list[Record]]
+    """By their number, the last one those records that no posting had taken yet."""
+    wasted: int
+    """Samples of forward passes that began and have no outcome."""
+    paths: list[Path]
+
+
+def left_behind(directory: Path) -> Iterator[LeftBehind]:
+    """Every epoch in the directory; none of them may be running."""
+    epochs: dict[str, list[Path]] = {}
+    for path in sorted(directory.glob("*.??????")):
+        epochs.setdefault(path.stem, []).append(path)
+    for epoch, paths in epochs.items():
+        header: dict[str, Any] = {}
+        postings: dict[int, list[Record]] = {}
+        waiting: list[Record] = []
+        open_passes: dict[int, int] = {}
+        posted = 0
+        for path in paths:
+            for entry in _entries(path):
+                if "epoch" in entry:
+                    header = entry
+                    posted = max(posted, entry["posted"])
+                elif "forward" in entry:
+                    open_passes[entry["forward"]] = entry["samples"]
+                elif "record" in entry:
+                    waiting.append(entry["record"])
+                    open_passes.pop(entry.get("of", 0), None)
+                elif "posting" in entry:
+                    posted = entry["posting"]
+                    postings[posted], waiting = waiting, []
+        postings[posted + 1] = waiting
+        if not header:  # it ended before it wrote anything
+            for path in paths:
+                path.unlink(missing_ok=True)
+            continue
+        yield LeftBehind(epoch, header, postings, sum(open_passes.values()), paths)
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Its whole lines. One that is torn was never relied upon: whoever wrote it got an error, or was no more."""
+    for line in path.read_bytes().splitlines():
+        checksum, _, text = line.partition(b" ")
+        if text and checksum == b"%08x" % zlib.crc32(text):
+            yield json.loads(text)

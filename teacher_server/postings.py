@@ -1,0 +1,131 @@
+"""What happened, as records of the journal and as postings to Redis.
+
+A record is what became of one forward pass or of one query. A posting is the sum of some records, and the unit in which
+Redis takes them (ledger.lua, `apply`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from teacher_server.auth import Caller
+from teacher_server.config import LedgerConfig
+from teacher_server.journal import LeftBehind, Record
+from teacher_server.purses import Hold
+from teacher_server.script import PLATFORM, run, today
+from teacher_server.store import Store
+
+
+class Request(NamedTuple):
+    """A query with a request id."""
+
+    id: str
+    attempt: str
+    """Tells this computation of the query from others of the same id, here or at another replica."""
+    replayed: bool
+    """It was answered and paid for before: what is computed for it now is wasted."""
+
+
+class Charge(NamedTuple):
+    """Samples of one forward pass that a caller is charged for."""
+
+    caller: Caller
+    request: Request | None
+    samples: int
+    nanoseconds: int
+    hold: Hold
+
+
+class Waste(NamedTuple):
+    """Samples of one forward pass that nobody is charged for."""
+
+    account: str  # own/REASON or wasted/REASON
+    samples: int
+    nanoseconds: int
+
+
+def booked(
+    caller: Caller,
+    day: str,
+    *,
+    charges: Sequence[Sequence[Any]] = (),
+    asked: int = 0,
+    cached: int = 0,
+    coalesced: int = 0,
+    finished: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What one caller did on one day: charges of (request id, attempt, samples, nanoseconds, lease)."""
+    return {
+        "tenant": caller.tenant,
+        "job": caller.job,
+        "day": day,
+        "charges": charges,
+        "asked": asked,
+        "cached": cached,
+        "coalesced": coalesced,
+        "finished": finished,
+    }
+
+
+def posting(records: Iterable[Record], fingerprint: str, price: int, currency: str) -> dict[str, Any]:
+    """The sum of some records: a line per caller and day, a charge per attempt and lease."""
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    charges: dict[tuple[str, str, str], dict[tuple[str, str, str], list[int]]] = {}
+    totals = [0, 0]
+    for record in records:
+        totals = [total + more for total, more in zip(totals, record["totals"], strict=True)]
+        for part in record["lines"]:
+            key = (part["tenant"], part["job"], part["day"])
+            line = lines.setdefault(key, booked(Caller(part["tenant"], part["job"]), part["day"], finished=[]))
+            for column in ("asked", "cached", "coalesced"):
+                line[column] += part[column]
+            line["finished"] = [*line["finished"], *part["finished"]]
+            for request_id, attempt, samples, nanoseconds, lease in part["charges"]:
+                sums = charges.setdefault(key, {}).setdefault((request_id, attempt, lease), [0, 0])
+                sums[0] += samples
+                sums[1] += nanoseconds
+    for (tenant, job, day), line in lines.items():
+        own = tenant == PLATFORM
+        line |= {"fingerprint": fingerprint, "price": 0 if own else price, "currency": currency}
+        line["charges"] = [
+            [request_id, attempt, *sums, lease]
+            for (request_id, attempt, lease), sums in charges.get((tenant, job, day), {}).items()
+        ]
+    return {"lines": list(lines.values()), "totals": totals}
+
+
+def charged(records: Iterable[Record]) -> Counter[Caller]:
+    samples: Counter[Caller] = Counter()
+    for record in records:
+        for line in record["lines"]:
+            if line["tenant"] != PLATFORM:
+                samples[Caller(line["tenant"], line["job"])] += sum(charge[2] for charge in line["charges"])
+    return samples
+
+
+async def settle(store: Store, left: LeftBehind, config: LedgerConfig) -> None:
+    """Applies what a process that has ended left in its journal; what it began and did not finish was wasted.
+
+    What Redis has already is not applied again. Raises StoreUnavailable.
+    """
+    if left.wasted:
+        part = ["", "", left.wasted, 0, ""]
+        lines = [booked(Caller(PLATFORM, "wasted/crash"), today(), charges=[part])]
+        left.postings[max(left.postings)].append({"lines": lines, "totals": [left.wasted, 0]})
+    teacher, applied = left.header, -1
+    while applied < max(left.postings):
+        number = max(applied + 1, min(left.postings))
+        reply = await run(
+            store,
+            "apply",
+            epoch=left.epoch,
+            base=min(left.postings) - 1,
+            posting=number,
+            **posting(left.postings[number], teacher["fingerprint"], teacher["price"], teacher["currency"]),
+            release=[],
+            renew=[],
+            lease_ms=1000 * config.lease_seconds,
+            request_ms=1000 * config.request_record_seconds,
+            watch=[],
+        )
+        applied = reply["applied"]

@@ -1,0 +1,220 @@
+"""Redis goes, hangs, comes back without its last second; the journal's disk is full. The books stay whole."""
+
+import asyncio
+import os
+import shutil
+import signal
+
+import pytest
+
+from teacher_server import budgets, journal
+from teacher_server.auth import Caller
+from teacher_server.embedded import embedded
+from teacher_server.errors import BudgetSpent, LedgerUnavailable
+from teacher_server.journal import Journal, left_behind
+from teacher_server.store import Store
+from tests.ledgers import (
+    CALLER,
+    books,
+    compute,
+    crash,
+    eventually,
+    held,
+    ledger_store,
+    pid_of,
+    posted,
+    replica,
+    stopped,
+    waste,
+)
+
+FREE = Caller("free", "job")  # a tenant without a budget
+
+
+async def without_answer(store):
+    """Until the store knows that Redis does not answer."""
+
+    async def gone():
+        return not store.available
+
+    await eventually(gone)
+
+
+def test_while_redis_hangs_budgets_are_paid_from_the_purse_and_others_go_on(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store:
+            await budgets.set_budget(store, "team", "job", "samples", "total", limit=1000, who="test")
+            async with replica(store, tmp_path, lease_seconds=6) as ledger:
+                await compute(ledger, 100)
+                await compute(ledger, 1)  # topped up by about as much as was paid
+                assert ledger.hold_now(CALLER, 50).release(50) is None
+                with stopped(await pid_of(store)):
+                    await without_answer(store)
+                    await compute(ledger, 50)
+                    with pytest.raises(LedgerUnavailable, match="job 'job' of tenant 'team' cannot be drawn on"):
+                        await ledger.hold(CALLER, 500)
+                    for _ in range(20):
+                        await compute(ledger, 48, FREE)
+                    request = await ledger.begin(FREE, "id", b"d" * 16)
+                    await compute(ledger, 48, FREE, request)
+
+                await eventually(lambda: posted(ledger))
+                assert await books(store) == {CALLER: 151, FREE: 21 * 48}
+                await compute(ledger, 500)
+            assert (await books(store))[CALLER] == 651
+
+    asyncio.run(main())
+
+
+def test_a_killed_redis_loses_nothing_that_was_charged(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await budgets.set_budget(store, "team", "job", "samples", "total", limit=10_000, who="test")
+            charged = 0
+            for _ in range(3):
+                for _ in range(10):
+                    await compute(ledger, 7, FREE)
+                    charged += 7
+                await ledger.post()
+                os.kill(await pid_of(store), signal.SIGKILL)
+                await compute(ledger, 5, FREE)
+                charged += 5
+
+                await eventually(lambda: posted(ledger))
+            waste(ledger, 3)
+            await ledger.post()
+            assert await books(store) == {FREE: charged, ("_platform", "wasted/failed"): 3}
+
+    asyncio.run(main())
+
+
+def test_postings_that_redis_lost_in_a_crash_are_repeated(tmp_path):
+    """Its append-only file is put back to an earlier moment, as a crash before an fsync would leave it."""
+
+    async def main():
+        directory = tmp_path / "valkey"
+        async with embedded(directory, "ledger", persistent=True, max_bytes=None) as url, Store(url, "ledger") as store:
+            await budgets.set_budget(store, "team", "job", "samples", "total", limit=100, who="test")
+            async with replica(store, tmp_path) as ledger:
+                await compute(ledger, 10)
+                await ledger.post()
+                pid = await pid_of(store)
+                with stopped(pid):  # nothing is written while it is copied
+                    shutil.copytree(directory / "appendonlydir", tmp_path / "earlier")
+                await eventually(lambda: computed(ledger, 20))
+                await ledger.post()
+                await compute(ledger, 30)
+                await ledger.post()
+                assert await books(store) == {CALLER: 60}
+                os.kill(pid, signal.SIGSTOP)  # it may not rewrite the file, nor be started again, before it is replaced
+                shutil.rmtree(directory / "appendonlydir")
+                shutil.copytree(tmp_path / "earlier", directory / "appendonlydir")
+                os.kill(pid, signal.SIGKILL)
+
+                async def repeated():
+                    return store.available and (await store.info())["process_id"] != str(pid)
+
+                await eventually(repeated)
+                await eventually(lambda: post(ledger))
+                assert await books(store) == {CALLER: 60}
+                await compute(ledger, 40)
+                with pytest.raises(BudgetSpent):
+                    await ledger.hold(CALLER, 1)
+
+    async def post(ledger):
+        await ledger.post()
+        return True
+
+    async def computed(ledger, samples):
+        try:
+            await compute(ledger, samples)
+        except LedgerUnavailable:
+            return False
+        return True
+
+    asyncio.run(main())
+
+
+def test_both_crash_and_the_journal_has_it(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store:
+            ledger = replica(store, tmp_path)
+            await ledger.__aenter__()
+            await compute(ledger, 10, FREE)
+            await ledger.post()
+            os.kill(await pid_of(store), signal.SIGKILL)
+            await compute(ledger, 20, FREE)
+            ledger.forwarding(5)
+            await crash(ledger)
+        async with ledger_store(tmp_path) as store:
+            async with replica(store, tmp_path) as ledger:
+                assert await books(store) == {FREE: 30, ("_platform", "wasted/crash"): 5}
+
+                async def forgotten():
+                    return not ledger._left
+
+                await eventually(forgotten)
+            assert len(list((tmp_path / "replica").iterdir())) == 1  # its own
+            assert await held(store) == 0
+
+    asyncio.run(main())
+
+
+def test_a_journal_forgets_only_what_redis_has_on_its_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_SEGMENT_BYTES", 2000)
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+
+            def files():
+                return sorted(path.name[-6:] for path in (tmp_path / "replica").iterdir())
+
+            under_way = ledger.forwarding(7)
+            with stopped(await pid_of(store)):
+                await without_answer(store)
+                samples = 0
+                while len(files()) < 3:
+                    await compute(ledger, 7, FREE)
+                    samples += 7
+                    await asyncio.sleep(0.01)
+                assert files()[0] == "000000", "none of it is on Redis's disk"
+
+            async def rotated():
+                return files()[0] != "000000"
+
+            await eventually(rotated)
+            left = list(left_behind(tmp_path / "replica"))
+            assert [entry.wasted for entry in left] == [7], "a pass under way is carried over"
+            ledger.book(under_way, [], [])
+            await eventually(lambda: posted(ledger))
+            assert await books(store) == {FREE: samples}
+
+    asyncio.run(main())
+
+
+def test_a_torn_line_is_not_read_and_harms_no_other(tmp_path):
+    log = Journal(tmp_path, "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
+    log.record({"lines": [], "totals": [1, 1]}, log.forwarding(4))
+    first = log.forwarding(5)
+    log.posted(1)
+    log.record({"lines": [], "totals": [2, 2]}, first)
+    log.forwarding(6)
+    log.close()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    for cut in range(len(content.splitlines(keepends=True)[-1])):
+        path.write_bytes(content[: len(content) - cut])
+        (left,) = left_behind(tmp_path)
+        assert left.wasted == (0 if cut > 1 else 6)  # one byte: the end of the line alone
+        assert left.postings == {1: [{"lines": [], "totals": [1, 1]}], 2: [{"lines": [], "totals": [2, 2]}]}
+    path.write_bytes(b"")
+    assert list(left_behind(tmp_path)) == []
+
+
+def test_what_cannot_be_journalled_is_not_computed(tmp_path):
+    log = Journal(tmp_path, "epoch", {})
+    os.close(log._file)
+    log._file = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(LedgerUnavailable, match=r"journal cannot be written .* No space left"):
+        log.forwarding(3)
+    log.close()
