@@ -151,6 +151,50 @@ def test_a_budget_set_later_counts_what_was_spent_and_is_noticed_by_those_who_ha
     run(test, tmp_path)
 
 
+def test_a_budget_removed_and_set_anew_still_stands_for_what_is_held(tmp_path):
+    async def test(store, ledger):
+        await set_budget(store, 100)
+        await ledger.post()
+        under_way = await ledger.hold(CALLER, 40)
+        await set_budget(store, None)
+        await set_budget(store, 100)
+        await ledger.post()
+        with pytest.raises(BudgetReserved):
+            await ledger.hold(CALLER, 61)
+        await compute(ledger, 60)
+        under_way.pay(40)
+        ledger.book(ledger.forwarding(40), [Charge(CALLER, None, 40, 10, under_way)], [])
+        await ledger.post()
+        assert await books(store) == {CALLER: 100}
+        await eventually(lambda: nothing_held(store))
+
+    run(test, tmp_path)
+
+
+def test_a_lease_is_not_topped_up_once_another_budget_was_set(tmp_path):
+    """The replica does not know of it yet: its version is read with the next posting."""
+
+    async def test(store, ledger):
+        await set_budget(store, 1000)
+        await ledger.post()
+        first = await ledger.hold(CALLER, 40)
+        await set_budget(store, 100, job="")
+        purse = ledger._purses._purse(CALLER)
+        second = await ledger._purses._top_up(purse, 35)
+        assert second.lease != first.lease
+        for hold in (first, second):
+            samples = hold.samples
+            hold.pay(samples)
+            ledger.book(ledger.forwarding(samples), [Charge(CALLER, None, samples, 10, hold)], [])
+        await ledger.post()
+        assert await books(store) == {CALLER: 75}
+        with pytest.raises(BudgetSpent, match="25 samples are left"):
+            await ledger.hold(CALLER, 26)
+        await eventually(lambda: nothing_held(store))
+
+    run(test, tmp_path)
+
+
 def test_a_request_id_is_charged_once_and_stands_for_one_content(tmp_path):
     async def test(store, ledger):
         for _ in range(5):  # a replay that comes before the first is answered is found when it is posted
