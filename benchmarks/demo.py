@@ -65,7 +65,7 @@ def serving(weights: Path) -> Iterator[tuple[str, str]]:
     command = [
         sys.executable, "-m", "teacher_server", "serve", "--model", "student_worker.models:build",
         "--model-arguments", json.dumps(TEACHER), "--weights", str(weights),
-        "--grpc-port", "0", "--http-port", "0",
+        "--grpc-port", "0", "--http-port", "0", "--state-directory", str(weights.parent / "state"),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

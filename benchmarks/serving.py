@@ -109,7 +109,8 @@ def main() -> None:
         weights = Path(folder) / "trivial.safetensors"
         save_file(trivial().state_dict(), weights, {"preceptor": DESCRIPTION})
         serve = ["-m", "teacher_server", "serve", "--model", "benchmarks.serving:trivial", "--weights", str(weights)]
-        commands = [[__file__, "echo"], [*serve, "--grpc-port", "0", "--http-port", "0", "--threads", "1"]]
+        ports = ["--grpc-port", "0", "--http-port", "0", "--state-directory", folder]
+        commands = [[__file__, "echo"], [*serve, *ports, "--threads", "1"]]
         root = Path(__file__).parent.parent
         servers = [
             subprocess.Popen([sys.executable, *command], cwd=root, stdout=subprocess.PIPE, text=True)
