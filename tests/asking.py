@@ -1,5 +1,6 @@
 """How the tests ask a server: raw messages over gRPC, pages over HTTP, and what the answers must be."""
 
+import json
 import urllib.request
 from contextlib import contextmanager
 
@@ -66,6 +67,18 @@ def page(address, path="/metrics", **headers):
         urllib.request.Request(f"http://{address}{path}", headers=headers), timeout=10
     ) as reply:
         return reply.read().decode()
+
+
+def put(server, path, **body):
+    """A budget, set over HTTP."""
+    request = urllib.request.Request(
+        f"http://{server.http_address}{path}",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+        method="PUT",
+    )
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        return json.load(reply)
 
 
 def get(server, path, **headers):

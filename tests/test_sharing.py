@@ -1,8 +1,6 @@
 """One teacher, one cache, one ledger, several students: through the real client and the real server."""
 
-import json
 import threading
-import urllib.request
 
 import grpc
 import numpy as np
@@ -14,21 +12,9 @@ from protos import teacher_pb2 as pb
 from protos import wire
 from student_worker import TeacherClient, Unix
 from student_worker.errors import BudgetSpent
-from tests.asking import asking, direct, metric, pixels, refusal, stub_at
+from tests.asking import asking, direct, metric, pixels, put, refusal, stub_at
 from tests.redis_servers import running
 from tests.serving import GATE, Gated, arguments, free_port, serving, until
-
-
-def put(server, path, **body):
-    """A budget, set over HTTP."""
-    request = urllib.request.Request(
-        f"http://{server.http_address}{path}",
-        json.dumps(body).encode(),
-        {"content-type": "application/json"},
-        method="PUT",
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.load(reply)
 
 
 def spend(stub, job):

@@ -21,7 +21,7 @@ from student_worker.data import UNLABELLED, labelled_subset, load
 from student_worker.lessons import epoch_batches
 from student_worker.models import build
 from student_worker.train import Progress, train
-from tests.asking import metric
+from tests.asking import metric, put
 from tests.serving import ROOT, process, serving
 
 BUILD = {"name": "cnn-tiny", "channels": 1, "classes": 10, "size": 8}
@@ -352,3 +352,15 @@ def test_a_repeated_seed_is_no_further_evidence(capsys):
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("student-worker 0.")
+
+
+def test_a_run_stops_where_its_real_budget_ends(teacher, tmp_path, capsys):
+    put(teacher, "/v1/budgets/default/jobs/bounded", unit="samples", limit=500)
+    command = ["train", "--method", "unix", "--dataset", "digits", "--epochs", "2", "--job", "bounded", "--depth", "1"]
+    address = ["--teacher-address", teacher.grpc_address, "--output", str(tmp_path)]
+    assert main([*command, *address]) == 3
+    told = capsys.readouterr().err
+    assert "the budget of job 'bounded' of tenant 'default', 500 samples in all" in told
+    record = json.loads((tmp_path / "epoch-0001.json").read_text())
+    assert record["steps"] == 500 // 48
+    assert metric(teacher, "preceptor_samples_total", job="bounded") == 48 * (500 // 48)
