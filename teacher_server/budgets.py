@@ -1,6 +1,7 @@
 """Budgets: set and listed, and as callers see them: messages and refusals."""
 
 import asyncio
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +38,11 @@ def budget_message(state: State, unsettled: int = 0) -> pb.Budget:
     if (end := period_end(state["instance"])) is not None:
         budget.until.FromDatetime(end)
     return budget
+
+
+def one_of(states: Iterable[State], job: str, unit: Unit, period: Period) -> State | None:
+    """A tenant's budget of that job ("" for its own), unit and period, if it has one."""
+    return next((s for s in states if (s["job"], s["unit"], s["period"]) == (job, unit, period)), None)
 
 
 def money_text(nanos: float) -> str:

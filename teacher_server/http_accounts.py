@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from protos import teacher_pb2 as pb
 from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator, Caller
-from teacher_server.budgets import LARGEST_LIMIT, Period, State, Unit, budget_message, budget_states, set_budget
+from teacher_server.budgets import LARGEST_LIMIT, Period, State, Unit, budget_message, budget_states, one_of, set_budget
 from teacher_server.errors import NotAllowed
 
 _ALL = "*"
@@ -77,14 +77,13 @@ def routes(authenticator: Authenticator, books: Books) -> APIRouter:
         asker.change()
         who = f"http:{asker.tenant}"
         await set_budget(books.store, tenant, job, given.unit, given.period, limit=given.limit, who=who)
-        for state in await states_of(tenant):
-            if _is(state, job, given.unit, given.period):
-                return _json(budget_message(state))
-        raise _none_such(tenant, job, given.unit, given.period)
+        if (state := one_of(await states_of(tenant), job, given.unit, given.period)) is None:
+            raise _none_such(tenant, job, given.unit, given.period)
+        return _json(budget_message(state))
 
     async def remove_one(asker: _Asker, tenant: str, job: str, unit: Unit, period: Period) -> None:
         asker.change()
-        if not any(_is(state, job, unit, period) for state in await budget_states(books.store, tenant)):
+        if one_of(await budget_states(books.store, tenant), job, unit, period) is None:
             raise _none_such(tenant, job, unit, period)
         await set_budget(books.store, tenant, job, unit, period, limit=None, who=f"http:{asker.tenant}")
 
@@ -154,10 +153,6 @@ def _of_tenant(tenant: str, states: list[State]) -> dict[str, Any]:
         "tenant": tenant,
         "budgets": [_json(budget_message(state)) for state in states if state["tenant"] == tenant],
     }
-
-
-def _is(state: State, job: str, unit: Unit, period: Period) -> bool:
-    return (state["job"], state["unit"], state["period"]) == (job, unit, period)
 
 
 def _none_such(tenant: str, job: str, unit: Unit, period: Period) -> HTTPException:

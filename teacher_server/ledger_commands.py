@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from protos import teacher_pb2 as pb
 from teacher_server import accounts
 from teacher_server.accounts import Snapshot, snapshot
-from teacher_server.budgets import Period, State, Unit, audit, budget_states, currencies, set_budget
+from teacher_server.budgets import Unit, audit, budget_states, currencies, one_of, set_budget
 from teacher_server.embedded import take_lock
 from teacher_server.errors import TeacherServerError
 from teacher_server.journal import LeftBehind, left_behind
@@ -259,16 +259,12 @@ def _settled(left: LeftBehind, applied: int) -> str:
 
 async def _set_budget(store: Store, settings: BudgetSettings, unit: Unit, limit: int | None, out: TextIO) -> None:
     tenant, job, period = settings.tenant, settings.job, settings.per
-    there = [state for state in await budget_states(store, tenant) if _is(state, job, unit, period)]
+    there = one_of(await budget_states(store, tenant), job, unit, period)
     whose = f"of tenant {tenant}" if not job else f"of job {job} of tenant {tenant}"
     if limit is None and not there:
         raise ValueError(f"there is no budget {whose} in {unit}, per {period}; without --remove they are listed")
     await set_budget(store, tenant, job, unit, period, limit=limit, who=_who())
     out.write(f"{'removed' if limit is None else 'changed' if there else 'set'} the budget {whose}\n\n")
-
-
-def _is(state: State, job: str, unit: Unit, period: Period) -> bool:
-    return (state["job"], state["unit"], state["period"]) == (job, unit, period)
 
 
 def _who() -> str:

@@ -188,6 +188,11 @@ class Worker(threading.Thread):
         raise AssertionError("no answer in 200 attempts")
 
 
+def until_all_go_on(workers):
+    answered = [worker.answered for worker in workers]
+    until(lambda: all(worker.answered > before for worker, before in zip(workers, answered, strict=True)))
+
+
 @pytest.mark.timeout(300)
 def test_every_forwarded_sample_is_charged_wasted_or_our_own(tmp_path):
     """Counted by the network itself, in a file: ten jobs with retries and cancels on two replicas, of which one is
@@ -202,16 +207,15 @@ def test_every_forwarded_sample_is_charged_wasted_or_our_own(tmp_path):
             worker.start()
         for point in POINTS:
             with doomed.running(point) as process:
-                time.sleep(0.3)  # let it work a while: the kill comes with the next pass after the signal
+                until_all_go_on(workers)  # then the kill comes with the next pass after the signal
                 process.send_signal(signal.SIGUSR1)
                 assert process.wait(60) == -signal.SIGKILL
             if point == "settle":
                 redis.kill()
-                time.sleep(0.5)
+                until_all_go_on(workers)
                 redis.start()
         with doomed.running() as process:
-            answered = [worker.answered for worker in workers]
-            until(lambda: all(w.answered > before for w, before in zip(workers, answered, strict=True)))
+            until_all_go_on(workers)
             stop.set()
             for worker in workers:
                 worker.join(60)
