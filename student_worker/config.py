@@ -44,7 +44,7 @@ class TeacherConfig(BaseModel, use_attribute_docstrings=True):
     token_file: Path | None = None
     """File that holds this student's token; never the token itself, which a process list would show."""
     teacher_timeout: float = Field(default=60.0, gt=0)
-    """Seconds that a query may take, retries included."""
+    """Seconds that each call of a query may take, retries included."""
     cache_namespace: str = ""
     """Answers are cached under this name and found under it only; empty = the cache that the server shares."""
 

@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from pydantic import SecretStr
 from redis import Redis
 from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as NoConnection
 
+from teacher_server.config import StoreConfig
 from teacher_server.embedded import _binary, socket_url
 from tests.serving import until
 
 DEBIAN = Path("/usr/bin/redis-server")  # 7.0: without WAITAOF, with TLS
+AOF = ("--appendonly", "yes", "--appendfsync", "everysec")
+needs_debian = pytest.mark.skipif(not DEBIAN.exists(), reason="no redis-server; apt-get install redis-server")
 
 
 class RedisServer:
@@ -69,6 +74,10 @@ def running(folder: Path, *options: str, binary: Path | None = None) -> Iterator
             yield server
         finally:
             server.kill()
+
+
+def config(folder, **urls):
+    return StoreConfig(state_directory=folder, **{name: SecretStr(url) for name, url in urls.items()})
 
 
 def ended(pid: int) -> bool:

@@ -78,3 +78,9 @@ async def fill(store):
     await charge(store, BLUE, 40, "2026-02-01")
     await charge(store, Caller(PLATFORM, "own/warm-up"), 64, "2026-01-30")
     await charge(store, Caller(PLATFORM, "wasted/crash"), 7, "2026-02-01", nanoseconds=0)
+
+
+def shown(ledger, *arguments):
+    status, out, err = ledger(*arguments)
+    assert (status, err) == (0, "")
+    return out
