@@ -19,15 +19,8 @@ from teacher_server.store import (
     open_stores,
 )
 from tests.ledgers import pid_of
-from tests.redis_servers import config, ended, eventually, running
+from tests.redis_servers import config, ended, eventually
 from tests.serving import ROOT, until
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory):
-    """One that keeps nothing, shared by the tests that do it no harm."""
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 def test_both_stores_are_embedded_where_no_url_is_given(tmp_path):

@@ -16,14 +16,6 @@ from teacher_server.store import (
 )
 from tests.redis_servers import AOF, DEBIAN, config, eventually, needs_debian, running
 
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory):
-    """One that keeps nothing, shared by the tests that do it no harm."""
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
-
-
 # ---------------------------------------------------------------- what a ledger may be kept in
 
 
