@@ -12,7 +12,6 @@ from teacher_server.errors import BudgetReserved, BudgetSpent, InvalidQuery
 from teacher_server.postings import Charge, Waste
 from tests.ledgers import (
     CALLER,
-    LEASE_SECONDS,
     TEACHER,
     books,
     compute,
@@ -375,6 +374,3 @@ def test_a_new_day_is_another_budget(tmp_path, monkeypatch):
         await books(store)
 
     run(test, tmp_path)
-
-
-assert LEASE_SECONDS < 5, "tests wait for leases to lapse"
