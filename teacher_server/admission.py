@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 from protos import teacher_pb2 as pb
@@ -20,9 +21,14 @@ from teacher_server.errors import InvalidQuery, NotImplementedHere, OtherFingerp
 
 # All of a request but its tensors' bytes: names, shapes, specs. It bounds the work of looking through them.
 _MAX_ENVELOPE_BYTES = 16 * 1024
+_MAX_UNPARSED_BYTES = 256 * 1024
+_MAX_LOOKUP_BYTES = 2 * 2**20  # far more keys than one lookup may have
 _MAX_INPUTS = 16
 _MAX_OUTPUTS = 4
+_MAX_TENSOR_FIELDS = 16  # a name, a dtype, data, and axes, which may come one by one
 _KNOWN_OUTPUTS = ("logits",)
+_INPUTS = pb.LabelRequest.DESCRIPTOR.fields_by_name["inputs"].number
+_DATA = pb.Tensor.DESCRIPTOR.fields_by_name["data"].number
 
 Request = pb.DescribeRequest | pb.LabelRequest | pb.LookupRequest | pb.SpendRequest
 
@@ -36,6 +42,69 @@ class Admitted(NamedTuple):
 class AdmittedLookup(NamedTuple):
     keys: list[bytes]  # 16 bytes each
     specs: list[pb.OutputSpec]
+
+
+def check_message(kind: type[Request], message: bytes) -> None:
+    """Bounds what parsing may make of a message that is not parsed yet: two bytes of it can become seventy in memory.
+
+    What passes is looked through by `check_envelope` once it is parsed. Raises InvalidQuery.
+    """
+    most = _MAX_LOOKUP_BYTES if kind is pb.LookupRequest else _MAX_UNPARSED_BYTES
+    try:
+        size = _envelope_bytes(message, most) if kind is pb.LabelRequest else len(message)
+    except (IndexError, ValueError) as error:
+        raise InvalidQuery(f"{kind.DESCRIPTOR.name}: this is no such message ({error})") from error
+    if size > most:
+        raise InvalidQuery(f"{kind.DESCRIPTOR.name}: more than {most} bytes beside the tensors' data")
+
+
+def _envelope_bytes(message: bytes, most: int) -> int:
+    """Bytes of a LabelRequest beside its tensors' data; it stops counting beyond `most`."""
+    size, at = 0, 0
+    for number, start, stop in _fields(message, 0, len(message)):
+        size += stop - at
+        at = stop
+        if number == _INPUTS:
+            some = islice(_fields(message, start, stop), _MAX_TENSOR_FIELDS)
+            size -= sum(end - begin for field, begin, end in some if field == _DATA)
+        if size > most:
+            break
+    return size
+
+
+def _fields(message: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(number, begin, end) of each field's content. Protocol Buffers encoding: a tag, then by its last three bits."""
+    while at < end:
+        tag, at = _varint(message, at)
+        start = at
+        match tag & 7:
+            case 0:
+                _, at = _varint(message, at)
+            case 1:
+                at += 8
+            case 2:
+                size, start = _varint(message, at)
+                at = start + size
+            case 5:
+                at += 4
+            case kind:
+                raise ValueError(f"wire type {kind}")
+        if at > end:
+            raise ValueError("truncated")
+        yield tag >> 3, start, at
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than ten bytes")
 
 
 def check_envelope(request: Request) -> int:

@@ -65,7 +65,9 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         books = Books(stores.ledger)
         service = Service(metrics, books)
         http = await stack.enter_async_context(HttpApp(service, authenticator, metrics, settings, books))
-        grpc = await stack.enter_async_context(GrpcApp(service, authenticator, metrics, settings))
+        grpc = await stack.enter_async_context(
+            GrpcApp(service, authenticator, metrics, settings, max_tenant_bytes=settings.max_tenant_queue_bytes)
+        )
 
         def lose_device() -> None:
             service.drain("the device is lost")
