@@ -14,8 +14,9 @@ from google.protobuf.message import Message
 
 from protos import teacher_pb2_grpc
 from protos.conformance import check_job_name
-from student_worker.errors import TeacherUnavailable
+from student_worker.errors import TeacherError, TeacherUnavailable
 from student_worker.status import Retryable, translated
+from student_worker.trace import trace_headers
 
 _log = logging.getLogger(__name__)
 _LARGEST_MESSAGE = 2**31 - 1  # the server's Describe states the limit that counts
@@ -60,8 +61,9 @@ class Calls:
             channel.close()
 
     def __call__(self, call: str, request: Message) -> Any:
-        """The reply to one call, retried where it is worth it. Raises TeacherError."""
+        """The reply to one call, retried where it is worth it. Raises TeacherError, which names the call's trace."""
         began = monotonic()
+        trace_id, headers = trace_headers()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Retryable),
             stop=tenacity.stop_before_delay(self._timeout) | tenacity.stop_when_event_set(self.closed),
@@ -71,18 +73,21 @@ class Calls:
             reraise=True,
         )
         try:
-            return retrying(self._attempt, call, request, began + self._timeout)
+            return retrying(self._attempt, call, request, began + self._timeout, [*self._metadata, *headers])
         except Retryable as error:
             raise TeacherUnavailable(
-                f"{error}; gave up after {monotonic() - began:.1f} s of at most {self._timeout:g}"
+                f"{error}; gave up after {monotonic() - began:.1f} s of at most {self._timeout:g} (trace {trace_id})"
             ) from error
+        except TeacherError as error:
+            error.args = (f"{error} (trace {trace_id})",)
+            raise
 
-    def _attempt(self, call: str, request: Message, deadline: float) -> Any:
+    def _attempt(self, call: str, request: Message, deadline: float, metadata: list[tuple[str, str]]) -> Any:
         at = self._current
         # A server that hangs may use up its share of the time only, so that the others get their turn.
         patience = max(0.001, min(deadline - monotonic(), self._timeout / len(self._stubs)))
         try:
-            return getattr(self._stubs[at], call)(request, timeout=patience, metadata=self._metadata)
+            return getattr(self._stubs[at], call)(request, timeout=patience, metadata=metadata)
         except ValueError as error:
             if not self.closed.is_set():
                 raise

@@ -4,6 +4,8 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,13 +28,14 @@ class DaemonPool:
             thread.start()
 
     def submit(self, work: Callable[[], _Result]) -> "Future[_Result]":
-        """After close() the future is cancelled. Raises RuntimeError in a forked child, where no thread would run."""
+        """Runs it with the caller's context variables, of which his active span is one. After close() the future is
+        cancelled. Raises RuntimeError in a forked child, where no thread would run."""
         if os.getpid() != self._process:
             raise RuntimeError("this client or Unix was made before the process forked; make one in the child")
         future: Future[_Result] = Future()
         with self._lock:
             if not self._closed:
-                self._work.put((future, work))
+                self._work.put((future, partial(copy_context().run, work)))
                 return future
         future.cancel()
         return future
