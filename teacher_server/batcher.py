@@ -27,6 +27,7 @@ from teacher_server.errors import (
     TeacherServerError,
 )
 from teacher_server.queues import Answer, Array, Batch, Computed, FairQueue, Query, split
+from teacher_server.trails import concern
 
 __all__ = ["Batcher", "Computed", "OnBatch", "split"]
 
@@ -50,6 +51,8 @@ class Batcher:
     on_device_lost: called once, when no batch will be computed any more; everything waiting has failed by then.
     clock: seconds, for delays and deadlines. busy_clock: nanoseconds, for the device's busy time; give it the
     engine's own counter, and the times on all bills add up to that counter.
+
+    Whatever is logged on the way of a batch names the `trace_ids` of its queries' tags, where they have some.
     """
 
     def __init__(
@@ -221,6 +224,7 @@ class Batcher:
         try:
             while batch := self._next_batch():
                 self._answer(batch)
+                concern()
                 batch = {}  # while this thread waits, nothing is kept
         except BaseException as error:  # noqa: BLE001 - no future may stay pending, whatever ended this thread
             if isinstance(error, DeviceLost):
@@ -261,6 +265,7 @@ class Batcher:
 
     def _answer(self, batch: Batch) -> None:
         """Computes a batch and settles the queries that it completes, or each alone where it fails."""
+        concern(*[query.tag for query in batch])
         sizes = [len(span) for span in batch.values()]
         samples = sum(sizes)
         try:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from functools import partial
+from time import monotonic_ns
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +29,7 @@ from teacher_server.purses import Hold
 from teacher_server.queues import Array, Computed
 from teacher_server.settlement import Books, Settlement
 from teacher_server.shares import ALL, Flight, Leg, Outcome, Query, Rows, Share, Waiter
+from teacher_server.trails import Pass
 
 __all__ = ["Books", "Flights", "Outcome", "Query", "again"]
 
@@ -97,7 +99,7 @@ class Flights:
         outcome: dict[str, Array] | TeacherServerError,
     ) -> None:
         """The batcher's; from its thread. The loop sees it before the futures that this batch completes or fails."""
-        self._loop.call_soon_threadsafe(self._computed, number, parts, nanoseconds, outcome)
+        self._loop.call_soon_threadsafe(self._computed, number, parts, nanoseconds, outcome, monotonic_ns())
 
     # ------------------------------------------------------------ asking
 
@@ -148,8 +150,9 @@ class Flights:
             self._spawn(self._look_up(flight, {name: array[firsts] for name, array in query.inputs.items()}), flight)
 
     async def _look_up(self, flight: Flight, inputs: Mapping[str, Array]) -> None:
-        keys = flight.keys or []
+        keys, began = flight.keys or [], monotonic_ns()
         found = await self._cache.get(keys)
+        flight.passage.looked_up, flight.passage.found = (began, monotonic_ns()), len(found.rows)
         flight.corrupt = found.corrupt
         if not len(found.rows):
             self._launch(flight, ALL, inputs)
@@ -281,6 +284,7 @@ class Flights:
         parts: list[tuple[object, range]],
         nanoseconds: int,
         outcome: dict[str, Array] | TeacherServerError,
+        ended: int,
     ) -> None:
         self._metrics.batch(number, parts, nanoseconds, outcome)
         legs = [(leg, span) for leg, span in parts if isinstance(leg, Leg)]
@@ -290,6 +294,11 @@ class Flights:
             _log.exception("batch %d is not in the books, for a fault of ours", number)
             for leg, _ in legs:
                 self._fail_rows(leg.flight, ALL, error)
+        size, settled = sum(len(span) for _, span in parts), monotonic_ns()
+        for leg, span in legs:  # whoever was woken looks at it later
+            leg.flight.passage.passes.append(
+                Pass(leg.host.trail.mark, number, size, len(span), leg.queued, ended - nanoseconds, ended, settled)
+            )
 
     def _spawn(self, work: Coroutine[Any, Any, None], flight: Flight) -> None:
         def ended(task: asyncio.Task[None]) -> None:

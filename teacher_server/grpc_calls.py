@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import Any, cast
 
 import grpc
@@ -18,11 +18,13 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from protos import teacher_pb2 as pb
+from teacher_server.access import Ended, Reply, log_call, of_reply
 from teacher_server.admission import Request, check_message
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.errors import InvalidQuery, PastDeadline, QueueFull, TeacherServerError
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
+from teacher_server.trails import Trail, concern
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 _MAX_ERROR_BYTES = 1000
@@ -42,6 +44,7 @@ class Call:
     """A time.monotonic() moment."""
     received: int = 0
     """Bytes of its message, once it is there."""
+    trail: Trail = field(default_factory=Trail)
 
 
 @dataclass(eq=False)
@@ -53,7 +56,7 @@ class _Tenant:
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RECEIVED_AT_ONCE))
 
 
-_Work = Callable[[Any, Call], Awaitable[Message]]
+_Work = Callable[[Any, Call], Awaitable[Reply]]
 
 
 class Calls:
@@ -67,11 +70,12 @@ class Calls:
         *,
         max_concurrent_calls: int,
         max_tenant_bytes: int,
+        on_end: Callable[[Ended], None] = log_call,
     ) -> None:
-        self._authenticator, self._metrics = authenticator, metrics
+        self._authenticator, self._metrics, self._on_end = authenticator, metrics, on_end
         self._work: dict[type[Request], _Work] = {
             pb.DescribeRequest: lambda request, _: service.describe(request),
-            pb.LabelRequest: lambda request, call: service.label(request, call.caller, call.deadline),
+            pb.LabelRequest: lambda request, call: service.label(request, call.caller, call.deadline, call.trail),
             pb.LookupRequest: lambda request, call: service.lookup(request, call.caller),
             pb.SpendRequest: lambda request, call: service.spend(request, call.caller),
         }
@@ -89,24 +93,29 @@ class Calls:
             SERVICE_NAME,
             {
                 call.name: grpc.stream_unary_rpc_method_handler(
-                    partial(self._answered, call.name, kinds[call.input_type.full_name]),
-                    response_serializer=_serialized,
+                    partial(self._answered, call.name, kinds[call.input_type.full_name])
                 )
                 for call in calls
             },
         )
 
-    async def _answered(self, name: str, kind: type[Request], _messages: object, context: _Context) -> Message:
-        """Answers one call, counts its outcome and turns our errors into gRPC's."""
+    async def _answered(self, name: str, kind: type[Request], _messages: object, context: _Context) -> bytes:
+        """Answers one call, counts and logs its outcome and turns our errors into gRPC's."""
+        trail = Trail.following(_traceparent(context))
+        concern(trail)  # for all of this call's task
+        call: Call | None = None
+        reply: Reply | None = None
+        message, refused, reason = b"", None, ""
         code = code_pb2.CANCELLED  # what stands when the client goes away: CancelledError passes through
-        refused = None
         try:
             call = self._begin(name, context)
+            call.trail = trail
             request = _parsed(kind, await self._received(call, context))
             reply = await self._work[kind](request, call)
+            message = reply.SerializeToString()
             code = code_pb2.OK
-        except TeacherServerError as error:
-            refused, code = _status(error), error.code  # not the error: its traceback holds the request
+        except TeacherServerError as error:  # nothing of it is kept: its traceback holds the request
+            refused, code, reason = _status(error), error.code, error.reason
         except asyncio.CancelledError:
             if (remaining := context.time_remaining()) is not None and remaining <= 0:
                 code = code_pb2.DEADLINE_EXCEEDED
@@ -116,9 +125,23 @@ class Calls:
             raise
         finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
             self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
+            self._on_end(
+                Ended(
+                    call=name,
+                    trail=trail,
+                    ended=monotonic_ns(),
+                    code=code,
+                    reason=reason,
+                    caller=call.caller if call else None,
+                    peer=context.peer(),
+                    request_bytes=call.received if call else 0,
+                    reply_bytes=len(message),
+                    answered=of_reply(reply),
+                )
+            )
         if refused is not None:
             await context.abort_with_status(rpc_status.to_status(refused))
-        return reply
+        return message
 
     def _begin(self, name: str, context: _Context) -> Call:
         """Counts a call of its tenant's until its reply is sent, or it ends otherwise."""
@@ -170,16 +193,17 @@ class Calls:
         return message
 
 
+def _traceparent(context: _Context) -> str | None:
+    values = [value for key, value in context.invocation_metadata() or () if key == "traceparent"]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else None
+
+
 def _parsed(kind: type[Request], message: bytes) -> Request:
     check_message(kind, message)
     try:
         return kind.FromString(message)
     except DecodeError as error:
         raise InvalidQuery(f"{kind.DESCRIPTOR.name}: this is no such message ({error})") from error
-
-
-def _serialized(reply: Message) -> bytes:
-    return reply.SerializeToString()
 
 
 def _status(error: TeacherServerError) -> status_pb2.Status:

@@ -66,7 +66,9 @@ class _Asker(NamedTuple):
 
 def routes(authenticator: Authenticator, books: Books) -> APIRouter:
     async def asker(request: Request) -> _Asker:
-        return _Asker(authenticator.caller(request.headers).tenant, authenticator.is_admin(request.headers))
+        found = _Asker(authenticator.caller(request.headers).tenant, authenticator.is_admin(request.headers))
+        request.state.tenant = found.tenant  # for the access log
+        return found
 
     async def states_of(tenant: str) -> list[State]:
         await books.post()

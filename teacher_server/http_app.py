@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
 
 from protos import teacher_pb2 as pb
+from teacher_server.access import LoggedRequests
 from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
@@ -48,10 +49,13 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
     app = FastAPI(title="Preceptor teacher", description="A shared teacher for knowledge distillation.")
 
     app.add_middleware(_SmallBodies)
+    app.add_middleware(LoggedRequests)
     _answer_errors(app)
 
     def caller(request: Request) -> Caller:
-        return authenticator.caller(request.headers)
+        found = authenticator.caller(request.headers)
+        request.state.tenant = found.tenant  # for the access log
+        return found
 
     @app.get("/livez", summary="The process runs", response_class=Response)
     async def livez() -> Response:

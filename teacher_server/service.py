@@ -26,6 +26,7 @@ from teacher_server.errors import (
 )
 from teacher_server.flights import Books, Flights, Outcome, Query, again
 from teacher_server.metrics import Metrics
+from teacher_server.trails import Trail
 
 _Result = TypeVar("_Result")
 _SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
@@ -54,6 +55,7 @@ class _Asked(NamedTuple):
     request_id: str
     digest: bytes
     """Of what is asked, not of how: keys and outputs. Empty without an id."""
+    trail: Trail
 
 
 @dataclass(eq=False)
@@ -93,7 +95,9 @@ class Service:
             teachers=[teacher.description for teacher in teachers], server_version=version("preceptor")
         )
 
-    async def label(self, request: pb.LabelRequest, caller: Caller, deadline: float | None) -> pb.LabelResponse:
+    async def label(
+        self, request: pb.LabelRequest, caller: Caller, deadline: float | None, trail: Trail | None = None
+    ) -> pb.LabelResponse:
         """Answers one query. `deadline` is a time.monotonic() moment; past it nothing is computed for it any more.
 
         A query with a request id is computed once for all calls that wait for it, as long as one does: each has its
@@ -103,7 +107,7 @@ class Service:
         size = check_envelope(request)
         teacher = self._teacher(request.teacher)
         samples = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0  # as it says
-        asked = await beside_the_loop(size + samples * SAMPLE_BYTES, _look_through, request, teacher.description)
+        asked = await beside_the_loop(size + samples * SAMPLE_BYTES, _look_through, request, teacher.description, trail)
         if deadline is not None and deadline <= monotonic():
             raise PastDeadline("the deadline had passed on arrival; give the call more time")
         work = self._answer_once if asked.request_id else self._answer
@@ -188,7 +192,7 @@ class Service:
         writes = asked.mode in {pb.CACHE_MODE_UNSPECIFIED, pb.CACHE_MODE_USE}
         count = self._metrics.asked.labels(*label)
         outcome = await teacher.flights.answer(
-            Query(caller, inputs, keys, writes, request, accepted=lambda: count.inc(samples))
+            Query(caller, inputs, keys, writes, request, accepted=lambda: count.inc(samples), trail=asked.trail)
         )
         for source, name in _SOURCES.items():
             if there := outcome.count(source):
@@ -198,7 +202,7 @@ class Service:
         return reply
 
 
-def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription) -> _Asked:
+def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription, trail: Trail | None) -> _Asked:
     """All that takes longer the more samples there are."""
     content = admit(request, description)
     keys, digest = None, b""
@@ -206,7 +210,9 @@ def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription) 
         keys = sample_keys(description.fingerprint, content.inputs)
     if request.request_id and keys is not None:
         digest = _digest(keys, content.specs)
-    return _Asked(content, keys, request.cache_mode, request.cache_namespace, request.request_id, digest)
+    return _Asked(
+        content, keys, request.cache_mode, request.cache_namespace, request.request_id, digest, trail or Trail()
+    )
 
 
 def _digest(keys: list[bytes], specs: list[pb.OutputSpec]) -> bytes:

@@ -1,5 +1,6 @@
 """What becomes of a forward pass: its answers delivered and cached, its samples and nanoseconds booked."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ from teacher_server.postings import Charge, Request, Waste
 from teacher_server.purses import Hold
 from teacher_server.queues import Array
 from teacher_server.shares import ALL, Flight, Leg, Logits, Rows, Waiter
+
+_log = logging.getLogger(__name__)
 
 
 class Books(Protocol):
@@ -91,7 +94,9 @@ class Settlement:
         row = 0
         for leg, span in parts:
             if isinstance(outcome, dict):
-                accounts += self._land(leg, span, np.asarray(outcome["logits"], np.float32)[row : row + len(span)])
+                accounts += self._land(
+                    number, leg, span, np.asarray(outcome["logits"], np.float32)[row : row + len(span)]
+                )
             else:
                 accounts.append(_Account("failed", None, len(span)))
             row += len(span)
@@ -108,7 +113,7 @@ class Settlement:
                 self._metrics.charged(payer.caller, samples, share, self._teacher)
         self._books.book(number, charges, wasted)
 
-    def _land(self, leg: Leg, span: range, logits: Logits) -> list[_Account]:
+    def _land(self, number: int, leg: Leg, span: range, logits: Logits) -> list[_Account]:
         """Delivers one part of a forward pass; who pays for it."""
         flight, rows, accounts = leg.flight, leg.rows_of(span.start, span.stop), []
         leg.landed = span.stop
@@ -116,6 +121,11 @@ class Settlement:
         if failed:
             finite = np.isfinite(logits).all(axis=1)
             numbers = np.arange(flight.samples)[rows]
+            _log.warning(
+                "batch %d: the teacher answers NaN or infinity for %d of %d samples of job %r of tenant %r",
+                *(number, np.count_nonzero(~finite), len(logits), leg.host.caller.job, leg.host.caller.tenant),
+                extra={"trace_ids": leg.trace_ids},
+            )
             self._forget(flight, numbers[~finite])
             for victim, position in flight.first_positions(numbers[~finite]):
                 self._fail(victim, ForwardFailed(f"logits: the teacher answers NaN or infinity for sample {position}"))

@@ -11,7 +11,8 @@ Rows are places in a flight, positions are places in a query.
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic_ns
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from teacher_server.auth import Caller
 from teacher_server.postings import Request
 from teacher_server.purses import Hold
 from teacher_server.queues import Array, Computed
+from teacher_server.trails import Passage, Trail
 
 Logits = NDArray[np.float32]
 Places = NDArray[np.intp]
@@ -49,6 +51,8 @@ class Query:
     """Its request id, if it has one."""
     accepted: Callable[[], None] = _nothing
     """Called once, when it has joined, was given an answer, or waits for its turn: refused attempts do not count."""
+    trail: Trail = field(default_factory=Trail)
+    """Of the call that asks."""
 
     @property
     def samples(self) -> int:
@@ -74,6 +78,7 @@ class Waiter:
 
     def __init__(self, query: Query, done: asyncio.Future[None]) -> None:
         self.caller, self.request, self.done = query.caller, query.request, done
+        self.trail = query.trail
         self.replayed = query.request is not None and query.request.replayed
         self.flights: list[Flight] = []
         self.error: Exception | None = None
@@ -133,6 +138,7 @@ class Flight:
         self.writes = False
         self.shares: dict[Waiter, Share | None] = {}  # the oldest first; None: all rows, in order
         self.legs: set[Leg] = set()
+        self.passage = Passage()
         self.corrupt = np.empty(0, np.intp)  # rows whose cache entry must be overwritten
         self._rows: dict[bytes, int] = {}
         self._landed = np.empty(0, np.bool_)  # rows computed and kept for who joins until they can be read in the cache
@@ -147,6 +153,7 @@ class Flight:
         """Gives it at once what has been computed already."""
         self.shares[waiter] = share
         waiter.flights.append(self)
+        waiter.trail.passages.append(self.passage)
         if share is not None and self._logits is not None:
             landed = self._landed[share.rows]
             if landed.any():
@@ -228,9 +235,15 @@ class Leg:
         self.flight, self.host, self.rows, self.inputs = flight, host, rows, inputs
         self.samples = len(next(iter(inputs.values())))
         self.landed = 0
+        self.queued = 0
         self.future: Future[Computed] | None = None
         self._hold: Hold | None = None
         self._held = 0
+
+    @property
+    def trace_ids(self) -> list[str]:
+        """Whose query it is, and of those who wait for the same flight."""
+        return [waiter.trail.mark.trace_id for waiter in (self.host, *self.flight.shares)]
 
     def rows_of(self, start: int, stop: int) -> Rows:
         """The flight's rows of this leg's samples start to stop."""
@@ -241,6 +254,7 @@ class Leg:
 
     def board(self, hold: Hold | None) -> None:
         self._hold, self._held = hold, self.samples if hold else 0
+        self.queued = monotonic_ns()
 
     def pay(self, samples: int) -> Hold:
         if self._hold is None:
