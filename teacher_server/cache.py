@@ -93,6 +93,7 @@ class AnswerCache:
         self._value_bytes = len(_VERSION) + 4 * classes + _CHECKSUM_BYTES
         self._accounts: OrderedDict[Caller, tuple[float, float]] = OrderedDict()  # unread bytes, at what time
         self._backlog = 0
+        self._refusals: dict[str, str] = {}  # the last ones, as they were logged
         self._writing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -121,6 +122,7 @@ class AnswerCache:
             values: list[bytes | None] = []
             for start in range(0, len(keys), at_once):
                 values += await self._store.command("MGET", *keys[start : start + at_once])
+            self._refusals.pop("read", None)
         except (StoreUnavailable, ResponseError) as error:
             self._failed("read", len(keys), error)
             values = [None] * len(keys)
@@ -212,6 +214,7 @@ class AnswerCache:
                 some = parts[start : start + at_once]
                 try:
                     refused = await self._store.script(_WRITE, how, seconds, *some)
+                    self._refusals.pop("written", None)
                     self._metrics.duplicates.inc(refused)
                     lost += refused
                 except (StoreUnavailable, ResponseError) as error:
@@ -227,7 +230,9 @@ class AnswerCache:
             self._metrics.cache_errors.labels("unavailable").inc(samples)
         else:
             self._metrics.cache_errors.labels("refused").inc(samples)
-            _log.warning("%d answers could not be %s: %s", samples, what, error)
+            if self._refusals.get(what) != str(error):  # a full Redis refuses every query's
+                self._refusals[what] = str(error)
+                _log.warning("answers cannot be %s: %s", what, error)
 
     # ------------------------------------------------------------ shares
 
