@@ -36,8 +36,9 @@ _Result = TypeVar("_Result")
 _VERSION = b"\x01"
 _CHECKSUM_BYTES = 8
 _ENTRY_OVERHEAD_BYTES = 80  # what Valkey 9 takes beside key and value: 69 at 10 classes, 81 at 100
-_REPLY_BYTES = 8 * 2**20  # of one MGET, so that others' commands get their turn
-_WRITE_BYTES = 2**20  # of one script, for the same reason
+# Of one MGET or script: others' commands get their turn, and replies not yet read take room from the entries (Redis
+# counts both against maxmemory).
+_PIECE_BYTES = 2**20
 _BACKLOG_BYTES = 64 * 2**20
 _MAX_ACCOUNTS = 10_000
 # Looking through this many bytes takes about as long as handing the work to a thread does; and looking at one sample,
@@ -118,7 +119,7 @@ class AnswerCache:
     async def get(self, keys: Sequence[bytes]) -> Found:
         """What there is under keys of `keys`'; never raises for want of Redis."""
         try:
-            at_once = max(1, _REPLY_BYTES // self._value_bytes)
+            at_once = max(1, _PIECE_BYTES // self._value_bytes)
             values: list[bytes | None] = []
             for start in range(0, len(keys), at_once):
                 values += await self._store.command("MGET", *keys[start : start + at_once])
@@ -208,7 +209,7 @@ class AnswerCache:
         lost = 0
         try:
             parts = await beside_the_loop(len(keys) * (SAMPLE_BYTES + entry), self._encode, keys, logits)
-            at_once = 2 * max(1, _WRITE_BYTES // entry)
+            at_once = 2 * max(1, _PIECE_BYTES // entry)
             how, seconds = "" if overwrite else "NX", self._config.cache_ttl_seconds
             for start in range(0, len(parts), at_once):
                 some = parts[start : start + at_once]

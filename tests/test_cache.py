@@ -129,6 +129,27 @@ async def test_large_queries_are_read_and_written_in_pieces(tmp_path):
 
 
 @flying
+async def test_many_large_lookups_at_once_push_out_nothing(tmp_path):
+    async with valkey(tmp_path, 64 * 2**20) as store, cache_on(store, classes=1000) as cache:
+        keys = cache.keys(A, "", sample_keys(*range(4000)))
+        assert await put(cache, A, keys, np.ones((4000, 1000), np.float32))
+        found = await asyncio.gather(*(cache.get(keys[:2000]) for _ in range(16)))  # 8 MB each
+        assert [len(one.rows) for one in found] == [2000] * 16
+        assert int((await store.info())["evicted_keys"]) == 0
+
+
+@flying
+async def test_the_smallest_cache_keeps_a_jobs_share(tmp_path):
+    with pytest.raises(ValueError, match="cache_max_bytes"):
+        CacheConfig(cache_max_bytes=2**22 - 1)
+    capacity = CacheConfig(cache_max_bytes=2**22).cache_max_bytes
+    async with valkey(tmp_path, capacity) as store, cache_on(store, capacity=capacity) as cache:
+        keys = cache.keys(A, "", sample_keys(*range(6000)))
+        assert await put(cache, A, keys, np.ones((6000, CLASSES), np.float32))
+        assert len((await cache.get(keys)).rows) == 6000
+
+
+@flying
 async def test_without_redis_everything_is_a_miss_and_counted():
     class Gone(DictStore):
         async def command(self, *_):
