@@ -260,3 +260,9 @@ def test_compare_does_not_go_on_with_labels(capsys):
     assert "none of its method any more" in capsys.readouterr().err
     assert main(["compare", "--cache-namespace", "mine"]) == 2
     assert "a namespace of its own" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    offered = capsys.readouterr().out
+    assert "--teacher-timeout" in offered
+    assert "--on-budget-spent" not in offered
+    assert "--cache-namespace" not in offered
