@@ -208,5 +208,5 @@ def test_check_names_the_culprit(teacher, doubly_normalising, data):
 def test_what_check_found_out_is_said_though_the_budget_ends_before_the_culprit_is_found(teacher, data):
     put(teacher, "/v1/budgets/default/jobs/poor", unit="samples", limit=256)
     with TeacherClient(teacher.grpc_address, job="poor", cache_namespace="poor") as client:
-        with pytest.raises(TeacherMisunderstands, match="does not understand this data.* class order"):
+        with pytest.raises(TeacherMisunderstands, match=r"does not understand this data.* class order"):
             check(client, replace(data, train_x=np.ascontiguousarray(data.train_x[:, ::-1])), data.train_y, 256)
