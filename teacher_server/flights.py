@@ -79,6 +79,7 @@ class Flights:
                 raise error
             finally:
                 del error  # its traceback holds this frame
+        waiter.accept()
         outcome = waiter.outcome()
         self._books.answered(
             waiter.caller,
@@ -137,7 +138,6 @@ class Flights:
             rows.append(mine[key])
             positions.append(position)
         for flight, (its_rows, places) in theirs.items():
-            waiter.accept()
             flight.writes |= query.writes
             flight.join(waiter, Share(np.array(its_rows, np.intp), np.array(places, np.intp)))
         if mine:
@@ -146,6 +146,8 @@ class Flights:
             self._flying.update(dict.fromkeys(mine, flight))
             flight.join(waiter, Share(np.array(rows, np.intp), np.array(positions, np.intp)))
             self._spawn(self._look_up(flight, {name: array[firsts] for name, array in query.inputs.items()}), flight)
+        else:
+            waiter.accept()
 
     async def _look_up(self, flight: Flight, inputs: Mapping[str, Array]) -> None:
         keys = flight.keys or []

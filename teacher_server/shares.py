@@ -48,7 +48,8 @@ class Query:
     request: Request | None = None
     """Its request id, if it has one."""
     accepted: Callable[[], None] = _nothing
-    """Called once, when it has joined, was given an answer, or waits for its turn: refused attempts do not count."""
+    """Called once, when all of it is under way for others, what it lacks waits for its turn, or it has its answers:
+    refused attempts do not count."""
 
     @property
     def samples(self) -> int:
@@ -90,7 +91,6 @@ class Waiter:
 
     def take(self, positions: Rows, logits: Logits, sources: int | NDArray[np.uint8]) -> None:
         """Files answers; every position comes once."""
-        self.accept()
         if len(logits) == len(self.sources):
             self._logits = logits if isinstance(positions, slice) else None
         if self._logits is None:
