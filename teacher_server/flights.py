@@ -68,19 +68,16 @@ class Flights:
         computed at its charge.
         """
         waiter = Waiter(query, self._loop.create_future())
+        outcome = None
         try:
             self._board(waiter, query)
             await waiter.done
+            outcome = waiter.outcome()
         finally:
             self._leave(waiter)
-        error, waiter.error = waiter.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback holds this frame
+            if outcome is None and waiter.charged:  # what is paid for was asked, also by who leaves half-way
+                self._books.answered(waiter.caller, asked=waiter.charged, cached=0, coalesced=0)
         waiter.accept()
-        outcome = waiter.outcome()
         self._books.answered(
             waiter.caller,
             asked=len(outcome.sources),

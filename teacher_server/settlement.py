@@ -39,7 +39,7 @@ class Books(Protocol):
     def answered(
         self, caller: Caller, *, asked: int, cached: int, coalesced: int, request: Request | None = None
     ) -> None:
-        """A query has its answers."""
+        """A query has its answers; or, without `request`, it ended with no more of them than those it had paid for."""
 
     def budgets(self, caller: Caller) -> list[pb.Budget]:
         """Those that the caller draws on, as they stand."""

@@ -107,6 +107,13 @@ class Waiter:
             self.done.set_result(None)
 
     def outcome(self) -> Outcome:
+        """Raises `error`, if any."""
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         if self._logits is None or self._missing:
             raise RuntimeError("asked for before all was there")
         return Outcome(self._logits, self.sources, self.charged, self.device_nanoseconds)

@@ -112,6 +112,23 @@ async def test_nobody_left_means_wasted_if_dispatched_and_nothing_if_not():
 
 
 @flying
+async def test_what_is_paid_for_was_asked_also_by_who_leaves_half_way():
+    gate = Gate()
+    async with plane(gate) as p:
+        leaver = p.ask(range(12))
+        await p.arrived()
+        gate.let_through()
+        await p.arrived()
+        await settled()
+        leaver.cancel()
+        await settled()
+        assert p.books.replies == [(Caller("a", "job"), 4, 0, 0)]
+        gate.let_through(10)
+        check(await wait(p.ask(range(3))), range(3), "cached")
+        assert p.charged() == {"a": 4}
+
+
+@flying
 async def test_half_dispatched_the_rest_flies_for_the_next_and_nothing_twice():
     gate = Gate()
     async with plane(gate) as p:
