@@ -110,7 +110,6 @@ class Flights:
             fresh = dict.fromkeys(keys)
             if len(fresh) == len(keys):
                 flight = Flight(keys, len(keys))
-                flight.writes = query.writes
                 flying.update(dict.fromkeys(keys, flight))
                 flight.join(waiter, None)
                 self._spawn(self._look_up(flight, query.inputs), flight)
@@ -135,11 +134,9 @@ class Flights:
             rows.append(mine[key])
             positions.append(position)
         for flight, (its_rows, places) in theirs.items():
-            flight.writes |= query.writes
             flight.join(waiter, Share(np.array(its_rows, np.intp), np.array(places, np.intp)))
         if mine:
             flight = Flight(list(mine), len(mine))
-            flight.writes = query.writes
             self._flying.update(dict.fromkeys(mine, flight))
             flight.join(waiter, Share(np.array(rows, np.intp), np.array(positions, np.intp)))
             self._spawn(self._look_up(flight, {name: array[firsts] for name, array in query.inputs.items()}), flight)

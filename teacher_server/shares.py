@@ -74,7 +74,7 @@ class Waiter:
     """A query from its call to its answer. `done` is set when all is there, or `error` says why it never will be."""
 
     def __init__(self, query: Query, done: asyncio.Future[None]) -> None:
-        self.caller, self.request, self.done = query.caller, query.request, done
+        self.caller, self.request, self.writes, self.done = query.caller, query.request, query.writes, done
         self.replayed = query.request is not None and query.request.replayed
         self.flights: list[Flight] = []
         self.error: Exception | None = None
@@ -137,7 +137,7 @@ class Flight:
     def __init__(self, keys: list[bytes] | None, samples: int) -> None:
         self.keys = keys
         self.samples = samples
-        self.writes = False
+        self.writes = np.zeros(samples, np.bool_)  # rows whose answers are to be cached, for one at least
         self.shares: dict[Waiter, Share | None] = {}  # the oldest first; None: all rows, in order
         self.legs: set[Leg] = set()
         self.corrupt = np.empty(0, np.intp)  # rows whose cache entry must be overwritten
@@ -154,6 +154,8 @@ class Flight:
         """Gives it at once what has been computed already."""
         self.shares[waiter] = share
         waiter.flights.append(self)
+        if waiter.writes:
+            self.writes[ALL if share is None else share.rows] = True
         if share is not None and self._logits is not None:
             landed = self._landed[share.rows]
             if landed.any():
