@@ -194,8 +194,8 @@ function operations.apply()
   if applied < args.base then
     audit('what', 'postings lost by Redis', 'epoch', args.epoch, 'after', whole(applied), 'until', whole(args.base))
     applied = args.base
+    call('HSET', P .. 'epochs', args.epoch, whole(applied))
   end
-  if args.posting > applied + 1 then return {applied = applied} end
   if args.posting == applied + 1 then
     for _, line in ipairs(args.lines) do
       for _, entry in ipairs(line.charges) do charge(line, entry) end

@@ -135,6 +135,39 @@ def test_postings_that_redis_lost_in_a_crash_are_repeated(tmp_path):
     asyncio.run(main())
 
 
+def test_postings_that_redis_lost_are_repeated_before_one_that_is_due(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)  # posts and forgets only as told
+            for samples in (10, 20):
+                await compute(ledger, samples, FREE)
+                await ledger.post()
+            await store.command("FLUSHALL")
+            await compute(ledger, 5, FREE)
+            await ledger.post()
+            assert await books(store) == {FREE: 35}
+
+    asyncio.run(main())
+
+
+def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)
+            await compute(ledger, 10, FREE)
+            await ledger.post()
+            ledger._forget(1, [])  # as if it had been on Redis's disk
+            await store.command("FLUSHALL")
+            for _ in range(3):
+                await ledger.post()
+            await compute(ledger, 5, FREE)
+            await ledger.post()
+            assert [change.what for change in await budgets.audit(store)] == ["postings lost by Redis"]
+            assert await books(store) == {FREE: 5}
+
+    asyncio.run(main())
+
+
 def test_both_crash_and_the_journal_has_it(tmp_path):
     async def main():
         async with ledger_store(tmp_path) as store:
