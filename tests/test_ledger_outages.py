@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,6 +13,7 @@ from teacher_server.auth import Caller
 from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
 from teacher_server.journal import Journal, left_behind
+from teacher_server.postings import Waste
 from teacher_server.store import Store
 from tests.ledgers import (
     CALLER,
@@ -251,3 +253,65 @@ def test_what_cannot_be_journalled_is_not_computed(tmp_path):
     with pytest.raises(LedgerUnavailable, match=r"journal cannot be written .* No space left"):
         log.forwarding(3)
     log.close()
+
+
+@contextmanager
+def full_disk(log):
+    file, log._file = log._file, os.open("/dev/full", os.O_WRONLY)
+    try:
+        yield
+    finally:
+        os.close(log._file)
+        log._file = file
+
+
+def test_an_outcome_that_the_disk_did_not_take_is_written_before_what_follows(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store:
+            ledger = replica(store, tmp_path)
+            await ledger.__aenter__()
+            number = ledger.forwarding(7)
+            with full_disk(ledger._journal):
+                ledger.book(number, [], [Waste("wasted/failed", 7, 10)])
+                with pytest.raises(LedgerUnavailable):
+                    await ledger.post()
+            await ledger.post()
+            await crash(ledger)
+            async with replica(store, tmp_path):
+                assert await books(store) == {("_platform", "wasted/failed"): 7}
+
+    asyncio.run(main())
+
+
+def test_where_no_new_file_can_be_begun_the_old_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_SEGMENT_BYTES", 100)
+    log = Journal(tmp_path, "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
+    records = [{"lines": [], "totals": [samples, 0]} for samples in range(3)]
+    (tmp_path / "epoch.000001").mkdir()  # in its way
+    for posting in (1, 2):
+        log.record(records[posting - 1], log.forwarding(4))
+        log.posted(posting)
+    (tmp_path / "epoch.000001").rmdir()
+    under_way = log.forwarding(9)
+    log.posted(3)
+    log.record(records[2])
+    log.close()
+    (left,) = left_behind(tmp_path)
+    assert left.wasted == 9
+    assert left.postings == {1: records[:1], 2: records[1:2], 3: [], 4: records[2:]}
+    assert [path.name for path in left.paths] == ["epoch.000000", "epoch.000001"]
+    log.forget(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch.000001"]
+    assert under_way == 3
+
+
+def test_a_line_of_which_only_the_end_is_missing_does_not_count_once_it_was_refused(tmp_path):
+    log = Journal(tmp_path, "epoch", {})
+    log.forwarding(4)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size - 1)
+    log._torn = True
+    log.forwarding(5)
+    log.close()
+    (left,) = left_behind(tmp_path)
+    assert left.wasted == 5
