@@ -136,6 +136,8 @@ class Purses:
         self.learn(reply["budgets"])
         purse.renewed = sent
         purse.free += reply["granted"] - samples
+        if self._current.get(purse.caller) is not purse and purse not in self._retired:  # `beat` found it empty
+            self._retired.append(purse)
         return Hold(purse, samples)
 
     # ------------------------------------------------------------ what is known of budgets
