@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +15,7 @@ from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
 from teacher_server.journal import Journal, left_behind
 from teacher_server.postings import Waste
-from teacher_server.store import Store
+from teacher_server.store import Store, StoreUnavailable
 from tests.ledgers import (
     CALLER,
     books,
@@ -64,6 +65,34 @@ def test_while_redis_hangs_budgets_are_paid_from_the_purse_and_others_go_on(tmp_
                 assert await books(store) == {CALLER: 151, FREE: 21 * 48}
                 await compute(ledger, 500)
             assert (await books(store))[CALLER] == 651
+
+    asyncio.run(main())
+
+
+def test_after_a_long_outage_each_posting_costs_what_it_costs_after_a_short_one(tmp_path):
+    async def cost(ledger, store, postings):
+        """Seconds of this process for each of so many that have to be made up for."""
+        with stopped(await pid_of(store)):
+            await without_answer(store)
+            for _ in range(postings):
+                await compute(ledger, 1, FREE)
+                with pytest.raises(StoreUnavailable):
+                    await ledger.post()
+
+        async def again():
+            return store.available
+
+        await eventually(again)
+        began = time.process_time()
+        await ledger.post()
+        return (time.process_time() - began) / postings
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)  # posts only as told
+            short = await cost(ledger, store, 200)
+            assert await cost(ledger, store, 4000) < 4 * short
+            assert await books(store) == {FREE: 4200}
 
     asyncio.run(main())
 
