@@ -157,14 +157,19 @@ class Purses:
         """Those that the caller draws on. `unsettled`: samples of (tenant, job or "") that Redis does not count yet."""
         found = []
         for owner in ((caller.tenant, ""), (caller.tenant, caller.job)):
-            for state in self._budgets.get(owner, {}).values():
+            for state in self._states(owner):
                 each = 1 if state["unit"] == "samples" else self._price.nanos_per_sample
                 found.append(budget_message(state, unsettled(*owner) * each))
         return found
 
     def states(self) -> list[State]:
         """Of all budgets that were drawn on here."""
-        return [state for kinds in self._budgets.values() for state in kinds.values()]
+        return [state for owner in self._budgets for state in self._states(owner)]
+
+    def _states(self, owner: tuple[str, str]) -> list[State]:
+        """Not those of a day or month that is over: nobody has drawn on the new one here."""
+        present = ("total", today(), today()[: len("2026-01")])
+        return [state for state in self._budgets.get(owner, {}).values() if state["instance"] in present]
 
     # ------------------------------------------------------------ leases
 

@@ -381,7 +381,10 @@ def test_a_new_day_is_another_budget(tmp_path, monkeypatch):
         across = await ledger.hold(CALLER, 10)
         with pytest.raises(BudgetSpent, match=r"2030-01-31 .* until it begins anew on 2030-02-01"):
             await ledger.hold(CALLER, 11)
+        (left,) = [state["limit"] - state["spent"] for state in ledger.states() if state["period"] == "day"]
+        assert left == 10
         monkeypatch.setattr("teacher_server.purses.today", lambda: "2030-02-01")
+        assert ledger.states() == ledger.budgets(CALLER) == []  # what was left of days and months that are over
         await compute(ledger, 100)
         across.pay(10)  # reserved on the day before, and charged to it
         ledger.book(ledger.forwarding(10), [Charge(CALLER, None, 10, 10, across)], [])
