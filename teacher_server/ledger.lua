@@ -59,9 +59,10 @@ local function budgets_of(tenant, job, day, price)
   return found
 end
 
+-- Its counts as strings: as numbers, JSON gets 14 digits of them.
 local function described(b)
-  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance, limit = b.limit,
-          spent = b.spent, held = b.held}
+  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance,
+          limit = whole(b.limit), spent = whole(b.spent), held = whole(b.held)}
 end
 
 -- Gives `samples` of a lease back to the budgets that it holds them of; all of it, and the lease, without a number.

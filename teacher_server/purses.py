@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protos import teacher_pb2 as pb
 from teacher_server.auth import Caller
-from teacher_server.budgets import State, budget_message, refusal
+from teacher_server.budgets import State, as_state, budget_message, refusal
 from teacher_server.errors import LedgerUnavailable
 from teacher_server.script import run, today
 from teacher_server.store import Store, StoreUnavailable
@@ -132,7 +132,7 @@ class Purses:
             self._retire(purse)
             return await self._top_up(self._purse(purse.caller), samples)
         if "refused" in reply:
-            raise refusal(reply["refused"], reply["budget"], samples, self._price)
+            raise refusal(reply["refused"], as_state(reply["budget"]), samples, self._price)
         self.learn(reply["budgets"])
         purse.renewed = sent
         purse.free += reply["granted"] - samples
@@ -142,8 +142,8 @@ class Purses:
 
     # ------------------------------------------------------------ what is known of budgets
 
-    def learn(self, states: Iterable[State]) -> None:
-        for state in states:
+    def learn(self, described: Iterable[dict[str, str]]) -> None:
+        for state in map(as_state, described):
             self._budgets.setdefault((state["tenant"], state["job"]), {})[state["unit"], state["period"]] = state
 
     def owners_are(self, owners: set[tuple[str, str]]) -> None:
