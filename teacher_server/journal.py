@@ -118,7 +118,9 @@ class Journal:
             self._open.pop(self._late.popleft().get("of", 0), None)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = (b"?\n" if self._torn else b"") + _line(entry)  # of a line that lacks its end alone, too, no checksum fits
+        line = (b"?\n" if self._torn else b"") + _line(
+            entry
+        )  # of a line that lacks its end alone, too, no checksum fits
         try:
             self._torn = True  # until it is known to be whole
             self._torn = os.write(self._file, line) < len(line)

@@ -289,11 +289,11 @@ class Ledger:
             await asyncio.sleep(_FORGET_SECONDS)
             if not self._kept and not self._left:
                 continue
-            with suppress(StoreUnavailable, ResponseError):
-                applied = await self._applied_of(self._epoch)
+            with suppress(StoreUnavailable, ResponseError, OSError):  # a file that stays is settled already
                 settled = [left for left in self._left if await self._applied_of(left.epoch) >= max(left.postings)]
+                applied = await self._applied_of(self._epoch)
+                self._note(applied)  # before another posting's reply can be
                 known.append((time.time(), applied, settled))
-                self._note(applied)
                 first, last = await self.store.durable()
                 while known and known[0][0] < last:
                     at, applied, settled = known.popleft()

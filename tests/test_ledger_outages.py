@@ -13,8 +13,8 @@ from teacher_server import budgets, journal
 from teacher_server.auth import Caller
 from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
-from teacher_server.journal import Journal, left_behind
-from teacher_server.postings import Waste
+from teacher_server.journal import Journal, LeftBehind, left_behind
+from teacher_server.postings import Waste, booked
 from teacher_server.store import Store, StoreUnavailable
 from tests.ledgers import (
     CALLER,
@@ -199,6 +199,43 @@ def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path):
     asyncio.run(main())
 
 
+def test_no_loss_is_told_where_postings_go_on_while_one_asks_what_redis_has(tmp_path, caplog):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            ledger._left = [LeftBehind("another", {}, {1: []}, 0, [])] * 20  # it asks about each of them
+            while not ledger._forgotten:
+                await compute(ledger, 1, FREE)
+                await ledger.post()
+
+    asyncio.run(main())
+    assert "Redis has lost" not in caplog.text
+
+
+def test_a_file_that_cannot_be_removed_keeps_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_SEGMENT_BYTES", 100)
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+
+            async def forgotten():
+                return ledger._forgotten == ledger._number
+
+            for _ in range(3):
+                await compute(ledger, 1, FREE)
+                await ledger.post()
+            first = ledger._journal._old[0][0]
+            first.unlink()
+            first.mkdir()
+            await eventually(forgotten)
+            await compute(ledger, 1, FREE)
+            await ledger.post()
+            await eventually(forgotten)
+            assert not ledger._journal._old
+            first.rmdir()
+
+    asyncio.run(main())
+
+
 def test_both_crash_and_the_journal_has_it(tmp_path):
     async def main():
         async with ledger_store(tmp_path) as store:
@@ -273,6 +310,23 @@ def test_a_torn_line_is_not_read_and_harms_no_other(tmp_path):
         assert left.postings == {1: [{"lines": [], "totals": [1, 1]}], 2: [{"lines": [], "totals": [2, 2]}]}
     path.write_bytes(b"")
     assert list(left_behind(tmp_path)) == []
+
+
+def test_where_the_line_of_a_posting_is_not_readable_the_next_one_has_it_all(tmp_path):
+    log = Journal(tmp_path / "replica", "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
+    for posting in range(1, 4):
+        part = ["", "", posting, 0, ""]
+        log.record({"lines": [booked(FREE, "2026-01-31", charges=[part])], "totals": [posting, 0]})
+        log.posted(posting)
+    log.close()
+    (path,) = (tmp_path / "replica").iterdir()
+    path.write_bytes(path.read_bytes().replace(b'{"posting":2}', b'{"posting":0}'))
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path):
+            assert await books(store) == {FREE: 6}
+
+    asyncio.run(main())
 
 
 def test_what_cannot_be_journalled_is_not_computed(tmp_path):
