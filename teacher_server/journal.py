@@ -17,7 +17,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,18 +94,17 @@ class Journal:
     def _begin_segment(self) -> None:
         """Raises OSError where that cannot be done; all is then as it was."""
         passes = [{"forward": number, "samples": samples} for number, samples in self._open.items()]
-        lines = [_line(entry) for entry in ({"epoch": self.epoch, "posted": self._posted, **self._header}, *passes)]
+        header = {"epoch": self.epoch, "posted": self._posted, **self._header}
+        data = b"".join(map(_line, (header, *passes)))
         path = self._path(self._segment + 1)
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            if os.write(file, b"".join(lines)) < sum(map(len, lines)):
+        with ExitStack() as undo:
+            undo.callback(path.unlink)
+            undo.callback(os.close, file)
+            if os.write(file, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            os.close(file)
-            path.unlink()
-            raise
-        self._file, self._torn = file, False
-        self._written = sum(map(len, lines))
+            undo.pop_all()
+        self._file, self._torn, self._written = file, False, len(data)
         self._segment += 1
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -118,9 +117,8 @@ class Journal:
             self._open.pop(self._late.popleft().get("of", 0), None)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = (b"?\n" if self._torn else b"") + _line(
-            entry
-        )  # of a line that lacks its end alone, too, no checksum fits
+        # Of a torn line that lacks its end alone, too, the checksum fits no more.
+        line = (b"?\n" if self._torn else b"") + _line(entry)
         try:
             self._torn = True  # until it is known to be whole
             self._torn = os.write(self._file, line) < len(line)
