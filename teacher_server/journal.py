@@ -45,8 +45,14 @@ class Journal:
         self._torn = False
         self._posted = 0
         self._old: list[tuple[Path, int]] = []  # full segments, and the last posting in each
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._begin_segment()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._begin_segment()
+        except OSError as error:
+            raise OSError(
+                f"state_directory: the journal cannot be written in {directory} ({error.strerror}); make room there, "
+                "or give another --state-directory"
+            ) from None
 
     def close(self) -> None:
         os.close(self._file)

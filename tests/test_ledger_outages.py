@@ -388,6 +388,13 @@ def test_where_no_new_file_can_be_begun_the_old_one_goes_on(tmp_path, monkeypatc
     assert under_way == 3
 
 
+def test_a_journal_that_cannot_be_begun_says_where(tmp_path):
+    (tmp_path / "epoch.000000").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"state_directory: .* in {tmp_path} \(No space left on device\); make room"):
+        Journal(tmp_path, "epoch", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_line_of_which_only_the_end_is_missing_does_not_count_once_it_was_refused(tmp_path):
     log = Journal(tmp_path, "epoch", {})
     log.forwarding(4)
