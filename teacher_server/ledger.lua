@@ -14,6 +14,7 @@
 --   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid
 --   version                     count   of changes of budgets
 --   audit                       stream  changes of budgets and prices
+--   restoring:NAME                      a key of a backup that is being put back
 --
 -- The account _platform has, as its jobs, what nobody is charged for: own/REASON and wasted/REASON.
 local P = ARGV[1]
@@ -59,9 +60,10 @@ local function budgets_of(tenant, job, day, price)
   return found
 end
 
+-- Its counts as strings: as numbers, JSON gets 14 digits of them.
 local function described(b)
-  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance, limit = b.limit,
-          spent = b.spent, held = b.held}
+  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance,
+          limit = whole(b.limit), spent = whole(b.spent), held = whole(b.held)}
 end
 
 -- Gives `samples` of a lease back to the budgets that it holds them of; all of it, and the lease, without a number.
@@ -194,8 +196,8 @@ function operations.apply()
   if applied < args.base then
     audit('what', 'postings lost by Redis', 'epoch', args.epoch, 'after', whole(applied), 'until', whole(args.base))
     applied = args.base
+    call('HSET', P .. 'epochs', args.epoch, whole(applied))
   end
-  if args.posting > applied + 1 then return {applied = applied} end
   if args.posting == applied + 1 then
     for _, line in ipairs(args.lines) do
       for _, entry in ipairs(line.charges) do charge(line, entry) end
@@ -329,9 +331,24 @@ function operations.snapshot()
   return found
 end
 
--- {keys}: a whole snapshot, put into a ledger that is empty; what was held at its moment is not
+-- {keys}: hashes of a snapshot, kept apart until `restore`
+function operations.stage()
+  for _, key in ipairs(args.keys) do
+    local name, values = P .. 'restoring:' .. key[1], key[3]
+    call('DEL', name)
+    for i = 1, #values, 2 do call('HSET', name, values[i], values[i + 1]) end
+  end
+  return true
+end
+
+-- {staged, keys}: a whole snapshot, of which some keys were staged, put into a ledger that is empty; what was held at
+-- its moment is not
 function operations.restore()
-  if call('EXISTS', P .. 'tenants', P .. 'owners', P .. 'teachers') > 0 then return false end
+  if call('EXISTS', P .. 'tenants', P .. 'owners', P .. 'teachers') > 0 then
+    for _, name in ipairs(args.staged) do call('DEL', P .. 'restoring:' .. name) end
+    return false
+  end
+  for _, name in ipairs(args.staged) do call('RENAME', P .. 'restoring:' .. name, P .. name) end
   for _, key in ipairs(args.keys) do
     local name, kind, values = P .. key[1], key[2], key[3]
     if kind == 'hash' and string.sub(key[1], 1, 6) ~= 'lease:' then

@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 class _Kept:
     """A posting that Redis may not have on its disk yet."""
 
-    number: int
     content: dict[str, Any]
     samples: Counter[Caller]
     """Of what is not known to be applied yet."""
@@ -72,7 +71,7 @@ class Ledger:
         self._journal = Journal(directory, self._epoch, header)
         self._purses = Purses(store, self._epoch, price, config.lease_seconds)
         self._pending: list[Record] = []
-        self._kept: deque[_Kept] = deque()
+        self._kept: dict[int, _Kept] = {}  # by their number
         self._number = self._applied = self._forgotten = 0
         self._unsettled: Counter[Caller] = Counter()  # charged here, not yet in what Redis says is spent
         self._version = -1
@@ -193,14 +192,13 @@ class Ledger:
                 self._journal.posted(self._number + 1)
                 self._number += 1
                 records, self._pending = self._pending, []
-                self._kept.append(_Kept(self._number, self._content(records), charged(records)))
+                self._kept[self._number] = _Kept(self._content(records), charged(records))
             if self._connected_since != self.store.connected_since:  # Redis may have lost what it had given
                 self._purses.doubt([purse.lease for purse in self._purses.leases()])
                 self._connected_since = self.store.connected_since
             back = self._purses.excess(all_of_it=closing)
             while True:
-                due = next((kept for kept in self._kept if kept.number > self._applied), None)
-                reply = await self._apply(due, back)
+                reply = await self._apply(self._applied + 1, back)
                 back = []
                 self._note(reply["applied"])
                 if self._applied >= self._number:
@@ -223,8 +221,9 @@ class Ledger:
         price = self._teacher.price
         return posting(records, self._teacher.fingerprint, price.nanos_per_sample, price.currency)
 
-    async def _apply(self, kept: _Kept | None, back: list[tuple[str, int]]) -> dict[str, Any]:
-        """One posting, or none: a heartbeat."""
+    async def _apply(self, number: int, back: list[tuple[str, int]]) -> dict[str, Any]:
+        """The posting of that number, or none where there is none: a heartbeat."""
+        kept = self._kept.get(number)
         purses, sent = self._purses.leases(), time.monotonic()
         try:
             reply: dict[str, Any] = await run(
@@ -232,7 +231,7 @@ class Ledger:
                 "apply",
                 epoch=self._epoch,
                 base=self._forgotten,
-                posting=kept.number if kept else 0,
+                posting=number if kept else 0,
                 **(kept.content if kept else self._content([])),
                 release=back,
                 renew=[purse.lease for purse in purses],
@@ -252,8 +251,8 @@ class Ledger:
         """Redis has applied so many postings of this epoch."""
         if applied < self._applied:
             _log.warning("Redis has lost postings %d to %d; they are repeated", applied + 1, self._applied)
-        for kept in self._kept:
-            if kept.number <= applied:
+        for number in range(self._applied + 1, applied + 1):
+            if (kept := self._kept.get(number)) is not None:
                 self._unsettled -= kept.samples  # what reaches zero goes
                 kept.samples = Counter()
         self._applied = applied
@@ -290,11 +289,11 @@ class Ledger:
             await asyncio.sleep(_FORGET_SECONDS)
             if not self._kept and not self._left:
                 continue
-            with suppress(StoreUnavailable, ResponseError):
-                applied = await self._applied_of(self._epoch)
+            with suppress(StoreUnavailable, ResponseError, OSError):  # a file that stays is settled already
                 settled = [left for left in self._left if await self._applied_of(left.epoch) >= max(left.postings)]
+                applied = await self._applied_of(self._epoch)
+                self._note(applied)  # before another posting's reply can be
                 known.append((time.time(), applied, settled))
-                self._note(applied)
                 first, last = await self.store.durable()
                 while known and known[0][0] < last:
                     at, applied, settled = known.popleft()
@@ -302,8 +301,8 @@ class Ledger:
                         self._forget(applied, settled)
 
     def _forget(self, number: int, settled: Iterable[LeftBehind]) -> None:
-        while self._kept and self._kept[0].number <= number:
-            self._kept.popleft()
+        for known in range(self._forgotten + 1, number + 1):
+            self._kept.pop(known, None)
         self._forgotten = max(self._forgotten, number)
         self._journal.forget(number)
         for left in settled:

@@ -121,7 +121,7 @@ async def settle(store: Store, left: LeftBehind, config: LedgerConfig) -> None:
             epoch=left.epoch,
             base=min(left.postings) - 1,
             posting=number,
-            **posting(left.postings[number], teacher["fingerprint"], teacher["price"], teacher["currency"]),
+            **posting(left.postings.get(number, []), teacher["fingerprint"], teacher["price"], teacher["currency"]),
             release=[],
             renew=[],
             lease_ms=1000 * config.lease_seconds,

@@ -42,7 +42,7 @@ class Books(Protocol):
     def answered(
         self, caller: Caller, *, asked: int, cached: int, coalesced: int, request: Request | None = None
     ) -> None:
-        """A query has its answers."""
+        """A query has its answers; or, without `request`, it ended with no more of them than those it had paid for."""
 
     def budgets(self, caller: Caller) -> list[pb.Budget]:
         """Those that the caller draws on, as they stand."""
@@ -175,11 +175,13 @@ class Settlement:
         flight = leg.flight
         if flight.keys is None:
             return
-        if not flight.writes:
-            self._forget(flight, rows)
-            return
-        flight.keep(rows, logits)
         numbers = np.arange(flight.samples)[rows]
+        if not (writes := flight.writes[numbers]).all():
+            self._forget(flight, numbers[~writes])
+            numbers, logits = numbers[writes], logits[writes]
+            if not len(numbers):
+                return
+        flight.keep(numbers, logits)
         corrupt = np.isin(numbers, flight.corrupt) if len(flight.corrupt) else np.zeros(len(numbers), np.bool_)
         for overwrite in (False, True):
             some = corrupt == overwrite

@@ -194,6 +194,23 @@ def test_a_lease_is_not_topped_up_once_another_budget_was_set(tmp_path):
     run(test, tmp_path)
 
 
+def test_a_lease_given_while_its_purse_was_retired_is_renewed_and_given_back(tmp_path):
+    async def test(store, ledger):
+        await set_budget(store, 1000)
+        await ledger.post()
+        asked = asyncio.create_task(ledger._purses._top_up(ledger._purses._purse(CALLER), 40))
+        await asyncio.sleep(0)  # it has been asked for
+        ledger._purses.owners_are({CALLER})  # as when another budget is set
+        ledger._purses.beat()
+        hold = await asked
+        assert hold.lease in [purse.lease for purse in ledger._purses.leases()]
+        hold.release(40)
+        await ledger.post()
+        assert await held(store) == 0
+
+    run(test, tmp_path)
+
+
 def test_a_request_id_is_charged_once_and_stands_for_one_content(tmp_path):
     async def test(store, ledger):
         for _ in range(5):  # a replay that comes before the first is answered is found when it is posted
@@ -364,7 +381,10 @@ def test_a_new_day_is_another_budget(tmp_path, monkeypatch):
         across = await ledger.hold(CALLER, 10)
         with pytest.raises(BudgetSpent, match=r"2030-01-31 .* until it begins anew on 2030-02-01"):
             await ledger.hold(CALLER, 11)
+        (left,) = [state["limit"] - state["spent"] for state in ledger.states() if state["period"] == "day"]
+        assert left == 10
         monkeypatch.setattr("teacher_server.purses.today", lambda: "2030-02-01")
+        assert ledger.states() == ledger.budgets(CALLER) == []  # what was left of days and months that are over
         await compute(ledger, 100)
         across.pay(10)  # reserved on the day before, and charged to it
         ledger.book(ledger.forwarding(10), [Charge(CALLER, None, 10, 10, across)], [])
