@@ -128,6 +128,15 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
+class TracingConfig(BaseModel, use_attribute_docstrings=True):
+    """Where spans go."""
+
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/?#@\s]+/?$")
+    """OpenTelemetry collector that is sent a trace of each call: http://HOST:4317, or https:// for TLS (OTLP over gRPC;
+    its headers and certificates are given in OpenTelemetry's own OTEL_... variables). Needs the [tracing] extra.
+    Without it no span is made."""
+
+
 class ServeSettings(
     ModelConfig,
     EngineConfig,
@@ -136,6 +145,7 @@ class ServeSettings(
     CacheConfig,
     LedgerConfig,
     NetworkConfig,
+    TracingConfig,
     Settings,
     env_prefix="TEACHER_",
 ):

@@ -291,9 +291,10 @@ class Flights:
             for leg, _ in legs:
                 self._fail_rows(leg.flight, ALL, error)
         size, settled = sum(len(span) for _, span in parts), monotonic_ns()
-        for leg, span in legs:  # whoever was woken looks at it later
+        hosts = tuple([leg.host.trail.mark for leg, _ in legs])
+        for (leg, span), host in zip(legs, hosts, strict=True):  # whoever was woken looks at it later
             leg.flight.passage.passes.append(
-                Pass(leg.host.trail.mark, number, size, len(span), leg.queued, ended - nanoseconds, ended, settled)
+                Pass(host, number, size, len(span), hosts, leg.queued, ended - nanoseconds, ended, settled)
             )
 
     def _spawn(self, work: Coroutine[Any, Any, None], flight: Flight) -> None:

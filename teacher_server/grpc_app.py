@@ -1,9 +1,12 @@
 """The contract over gRPC (asyncio), with health and reflection; grpc_calls.py has the calls themselves."""
 
+from collections.abc import Callable
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from teacher_server.access import Ended, log_call
 from teacher_server.auth import Authenticator
 from teacher_server.config import NetworkConfig
 from teacher_server.grpc_calls import SERVICE_NAME, Calls
@@ -24,8 +27,10 @@ class GrpcApp:
         config: NetworkConfig,
         *,
         max_tenant_bytes: int,
+        on_end: Callable[[Ended], None] = log_call,
     ) -> None:
-        """`max_tenant_bytes`: of messages that one tenant may have under way."""
+        """`max_tenant_bytes`: of messages that one tenant may have under way. `on_end`: called with each call that
+        ended."""
         self._config = config
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=config.max_concurrent_calls,
@@ -42,6 +47,7 @@ class GrpcApp:
             metrics,
             max_concurrent_calls=config.max_concurrent_calls,
             max_tenant_bytes=max_tenant_bytes,
+            on_end=on_end,
         )
         self._server.add_generic_rpc_handlers((self._calls.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -6,11 +6,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
+from teacher_server.access import Ended, log_call
 from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator
 from teacher_server.batcher import Batcher
@@ -66,7 +67,14 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         service = Service(metrics, books)
         http = await stack.enter_async_context(HttpApp(service, authenticator, metrics, settings, books))
         grpc = await stack.enter_async_context(
-            GrpcApp(service, authenticator, metrics, settings, max_tenant_bytes=settings.max_tenant_queue_bytes)
+            GrpcApp(
+                service,
+                authenticator,
+                metrics,
+                settings,
+                max_tenant_bytes=settings.max_tenant_queue_bytes,
+                on_end=stack.enter_context(_watched(settings.otlp_endpoint)),
+            )
         )
 
         def lose_device() -> None:
@@ -118,6 +126,28 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                 await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
             finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
             _log.info("drained" if finished else "gave up draining; what was left is refused")
+
+
+@contextmanager
+def _watched(otlp_endpoint: str | None) -> Iterator[Callable[[Ended], None]]:
+    """What is called with each call that ended: the access log, and the spans where somebody collects them."""
+    if otlp_endpoint is None:
+        yield log_call
+        return
+    try:
+        from teacher_server.spans import Spans  # noqa: PLC0415 - an extra, which nobody else needs
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"otlp_endpoint: {otlp_endpoint} needs OpenTelemetry ({error}); install Preceptor with its [tracing] "
+            "extra, or leave out --otlp-endpoint"
+        ) from error
+    with Spans(otlp_endpoint) as spans:
+
+        def ended(call: Ended) -> None:
+            log_call(call)
+            spans.ended(call)
+
+        yield ended
 
 
 def _limits(settings: ServeSettings) -> pb.Limits:

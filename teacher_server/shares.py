@@ -145,7 +145,7 @@ class Flight:
         self.writes = np.zeros(samples, np.bool_)  # rows whose answers are to be cached, for one at least
         self.shares: dict[Waiter, Share | None] = {}  # the oldest first; None: all rows, in order
         self.legs: set[Leg] = set()
-        self.passage = Passage()
+        self.passage = Passage(samples)
         self.corrupt = np.empty(0, np.intp)  # rows whose cache entry must be overwritten
         self._rows: dict[bytes, int] = {}
         self._landed = np.empty(0, np.bool_)  # rows computed and kept for who joins until they can be read in the cache

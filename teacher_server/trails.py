@@ -44,6 +44,8 @@ class Pass(NamedTuple):
     """Samples in the batch, of all who were in it."""
     samples: int
     """Those of this flight."""
+    hosts: tuple[Mark, ...]
+    """All calls at whose charge the batch was."""
     queued: int
     began: int
     ended: int
