@@ -8,7 +8,7 @@
 --   budget:TENANT\tJOB\tUNIT\tPERIOD   hash   limit, spent:INSTANCE, held:INSTANCE; an instance is a day, month or "total"
 --   leases                      zset    lease -> expiry in ms: what a replica holds of budgets, ahead of its charges
 --   lease:LEASE                 hash    samples, budgets
---   request:TENANT\tJOB\tID     hash    digest, charged, finished, by:ATTEMPT -> samples that the attempt computed
+--   request:TENANT\tJOB\tID     hash    digest, finished, paid: positions of the query that were charged, "0-15,32-47"
 --   teacher:FINGERPRINT         hash    name, flops, price, currency
 --   epochs                      hash    a replica's run -> its last posting that was applied
 --   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid
@@ -108,15 +108,40 @@ local function waste(line, reason, samples, nanoseconds)
   count(platform, 'device_nanoseconds', nanoseconds)
 end
 
+-- The set of positions that a text such as "0-15,32-47" stands for, and back.
+local function positions_of(text)
+  local set = {}
+  for first, last in string.gmatch(text, '(%d+)-(%d+)') do
+    for position = tonumber(first), tonumber(last) do set[position] = true end
+  end
+  return set
+end
+
+local function text_of(set)
+  local sorted, runs = {}, {}
+  for position in pairs(set) do sorted[#sorted + 1] = position end
+  table.sort(sorted)
+  for i, position in ipairs(sorted) do
+    if position - 1 ~= sorted[i - 1] then runs[#runs + 1] = {position, position} end
+    runs[#runs][2] = position
+  end
+  for i, run in ipairs(runs) do runs[i] = run[1] .. '-' .. run[2] end
+  return table.concat(runs, ',')
+end
+
 -- Samples that a forward pass ran for: charged as far as the request and the budgets allow, the rest wasted.
+-- entry: request id or "", samples, nanoseconds, lease or "", and with an id the samples' positions in their query
 local function charge(line, entry)
-  local id, attempt, samples, nanoseconds, lease = entry[1], entry[2], entry[3], entry[4], entry[5]
+  local id, samples, nanoseconds, lease = entry[1], entry[2], entry[3], entry[4]
   local owed, reason = samples, 'wasted/unpaid'
   local request = P .. 'request:' .. line.tenant .. TAB .. line.job .. TAB .. id
+  local paid, fresh = {}, {}
   if id ~= '' then
-    -- An attempt pays for what it computed beyond that which an earlier attempt has paid for.
-    local computed = call('HINCRBY', request, 'by:' .. attempt, whole(samples))
-    owed = math.max(0, math.min(samples, computed - get(request, 'charged')))
+    paid = positions_of(call('HGET', request, 'paid') or '')
+    for position in pairs(positions_of(entry[5])) do
+      if not paid[position] then fresh[#fresh + 1] = position end
+    end
+    owed = math.min(samples, #fresh)
     if owed < samples then reason = 'wasted/replay' end
   end
   local covered, from = {}, 0
@@ -137,8 +162,9 @@ local function charge(line, entry)
   if from > 0 then give_back(lease, from) end
   for _, b in ipairs(budgets) do increase(b.key, 'spent:' .. b.instance, owed * b.each) end
   local share = owed == samples and nanoseconds or math.floor(nanoseconds * owed / samples)
-  if id ~= '' then
-    increase(request, 'charged', owed)
+  if id ~= '' and owed > 0 then
+    for i = 1, owed do paid[fresh[i]] = true end
+    call('HSET', request, 'paid', text_of(paid))
     call('PEXPIRE', request, whole(args.request_ms))
   end
   count(line, 'computed', owed)
@@ -155,7 +181,7 @@ function operations.begin()
   call('HSETNX', key, 'digest', args.digest)
   call('PEXPIRE', key, whole(args.request_ms))
   if call('HGET', key, 'digest') ~= args.digest then return 'other' end
-  return call('HEXISTS', key, 'finished') == 1 and get(key, 'charged') > 0 and 'finished' or 'new'
+  return call('HEXISTS', key, 'finished') == 1 and call('HEXISTS', key, 'paid') == 1 and 'finished' or 'new'
 end
 
 -- {tenant, job, day, price, need, more, lease, lease_ms}: holds `need` samples, and up to `more` while there is plenty

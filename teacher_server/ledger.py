@@ -27,7 +27,7 @@ from teacher_server.auth import Caller
 from teacher_server.config import LedgerConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable
 from teacher_server.journal import Journal, LeftBehind, Record, left_behind
-from teacher_server.postings import Charge, Request, Waste, booked, charged, posting, settle
+from teacher_server.postings import Charge, Entry, Request, Waste, booked, charged, posting, settle
 from teacher_server.purses import Hold, Purses
 from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable
@@ -74,9 +74,9 @@ class Ledger:
         self._kept: dict[int, _Kept] = {}  # by their number
         self._number = self._applied = self._forgotten = 0
         self._unsettled: Counter[Caller] = Counter()  # charged here, not yet in what Redis says is spent
+        self._finished: dict[tuple[Caller, str], bytes] = {}  # paid for here, as Redis is still to hear
         self._version = -1
         self._connected_since = store.connected_since
-        self._attempts = 0
         self._posting = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -114,28 +114,30 @@ class Ledger:
     async def begin(self, caller: Caller, request_id: str, digest: bytes) -> Request:
         """A query with an id; `digest` is of its content. Raises InvalidQuery where the id had another content.
 
-        Without Redis it counts as new; what is paid twice is found when it is posted.
+        Without Redis it counts as new unless it was answered here; what is paid twice is found when it is posted.
         """
         if (size := len(request_id.encode())) > _MAX_REQUEST_ID:
             raise InvalidQuery(f"request_id: {size} bytes; at most {_MAX_REQUEST_ID}")
-        self._attempts += 1
         known = "new"
-        with suppress(StoreUnavailable):
-            known = await run(
-                self.store,
-                "begin",
-                tenant=caller.tenant,
-                job=caller.job,
-                id=request_id,
-                digest=digest.hex(),
-                request_ms=1000 * self._config.request_record_seconds,
-            )
+        if (finished := self._finished.get((caller, request_id))) is not None:
+            known = "finished" if finished == digest else "other"
+        else:
+            with suppress(StoreUnavailable):
+                known = await run(
+                    self.store,
+                    "begin",
+                    tenant=caller.tenant,
+                    job=caller.job,
+                    id=request_id,
+                    digest=digest.hex(),
+                    request_ms=1000 * self._config.request_record_seconds,
+                )
         if known == "other":
             raise InvalidQuery(
                 f"request_id: {request_id!r} was used by job {caller.job!r} for other samples or outputs; an id stands "
                 "for one content, so give this query another one"
             )
-        return Request(request_id, f"{self._epoch}.{self._attempts}", known == "finished")
+        return Request(request_id, digest, known == "finished")
 
     async def hold(self, caller: Caller, samples: int) -> Hold:
         """Reserves samples of all budgets that the caller draws on, all of them or none.
@@ -152,12 +154,12 @@ class Ledger:
         """What became of the forward pass of that number: its samples and nanoseconds are the sums of the parts'."""
         lines = []
         for charge in charges:
-            request_id, attempt, _ = charge.request or ("", "", False)
-            part = [request_id, attempt, charge.samples, charge.nanoseconds, charge.hold.lease]
+            request_id = charge.request.id if charge.request else ""
+            part = Entry(request_id, charge.samples, charge.nanoseconds, charge.hold.lease, charge.positions)
             lines.append(booked(charge.caller, charge.hold.day, charges=[part]))
             self._unsettled[charge.caller] += charge.samples
         for waste in wasted:
-            part = ["", "", waste.samples, waste.nanoseconds, ""]
+            part = Entry("", waste.samples, waste.nanoseconds, "", "")
             lines.append(booked(Caller(PLATFORM, waste.account), today(), charges=[part]))
         parts: list[Charge | Waste] = [*charges, *wasted]
         totals = [sum(part.samples for part in parts), sum(part.nanoseconds for part in parts)]
@@ -168,6 +170,8 @@ class Ledger:
     ) -> None:
         """A query has its answers; the same request id costs nothing from here on."""
         finished = [request.id] if request else []
+        if request and asked > cached + coalesced:
+            self._finished[caller, request.id] = request.digest
         line = booked(caller, today(), asked=asked, cached=cached, coalesced=coalesced, finished=finished)
         self._record({"lines": [line], "totals": [0, 0]}, None)
 
@@ -255,6 +259,9 @@ class Ledger:
             if (kept := self._kept.get(number)) is not None:
                 self._unsettled -= kept.samples  # what reaches zero goes
                 kept.samples = Counter()
+                for line in kept.content["lines"]:
+                    for request_id in line["finished"]:
+                        self._finished.pop((Caller(line["tenant"], line["job"]), request_id), None)
         self._applied = applied
 
     async def _read_owners(self) -> None:

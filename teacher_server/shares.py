@@ -212,6 +212,14 @@ class Flight:
         ]
         return [(waiter, wanted) for waiter, wanted in found if wanted.any()]
 
+    def positions(self, waiter: Waiter, rows: Rows) -> list[int]:
+        """Where the waiter wants `rows`, rising; the first place of one that he wants more than once."""
+        numbers = np.arange(self.samples)[rows].tolist()
+        if (share := self.shares[waiter]) is None:
+            return sorted(numbers)
+        first = dict(zip(share.rows[::-1].tolist(), share.positions[::-1].tolist(), strict=True))
+        return sorted(first[row] for row in numbers)
+
     def first_positions(self, rows: Places) -> list[tuple[Waiter, int]]:
         """Who wants any of `rows`, and the first of their positions that does."""
         found = []

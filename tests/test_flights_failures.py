@@ -121,13 +121,13 @@ async def test_a_chain_of_many_who_are_refused_ends():
 async def test_a_replayed_query_pays_nothing_and_holds_nothing():
     async with plane() as p:
         p.books.left = {Caller("a", "job"): 0}
-        request = Request("r", "1", replayed=True)
+        request = Request("r", b"r", replayed=True)
         outcome = await p.ask(FOUR, request=request)
         check(outcome, FOUR, "computed")
         assert outcome.charged == 0
         assert p.books.wasted == {"replay": 4}
-        await p.ask([7], "b", request=Request("s", "1", replayed=False))
-        assert +p.books.requests == {Request("s", "1", replayed=False): 1}
+        await p.ask([7], "b", request=Request("s", b"s", replayed=False))
+        assert +p.books.requests == {Request("s", b"s", replayed=False): 1}
 
 
 # ------------------------------------------------------------ failures

@@ -218,8 +218,12 @@ def test_a_request_id_is_charged_once_and_stands_for_one_content(tmp_path):
             assert not request.replayed
             await compute(ledger, 48, request=request)
         ledger.answered(CALLER, asked=48, cached=0, coalesced=0, request=request)
-        await ledger.post()
-        assert (await ledger.begin(CALLER, "id", DIGEST)).replayed
+        for _ in range(2):  # before Redis has heard of it, and after
+            assert (await ledger.begin(CALLER, "id", DIGEST)).replayed
+            with pytest.raises(InvalidQuery, match="for other samples"):
+                await ledger.begin(CALLER, "id", b"other")
+            await ledger.post()
+        assert not ledger._finished
         assert not (await ledger.begin(Caller("team", "other"), "id", b"other")).replayed
         with pytest.raises(InvalidQuery, match="request_id: 'id' was used by job 'job' for other samples"):
             await ledger.begin(CALLER, "id", b"other")
@@ -239,9 +243,18 @@ def test_a_second_attempt_pays_for_what_the_first_did_not_reach(tmp_path):
         second = await ledger.begin(CALLER, "id", DIGEST)
         assert not second.replayed
         await compute(ledger, 64, request=second)
-        await compute(ledger, 36, request=second)
+        await compute(ledger, 36, request=second, first=64)
         await ledger.post()
         assert await books(store) == {CALLER: 100, ("_platform", "wasted/replay"): 64}
+        third = await ledger.begin(CALLER, "cached", DIGEST)
+        await compute(ledger, 10, request=third, first=3)
+        await ledger.post()
+        fourth = await ledger.begin(CALLER, "cached", DIGEST)  # it finds those, and more, in the cache
+        await compute(ledger, 5, request=fourth, first=40)
+        await compute(ledger, 5, request=fourth, first=45)
+        await compute(ledger, 5, request=fourth, first=0)  # of which two were paid for
+        await ledger.post()
+        assert await books(store) == {CALLER: 100 + 10 + 10 + 3, ("_platform", "wasted/replay"): 64 + 2}
 
     run(test, tmp_path)
 

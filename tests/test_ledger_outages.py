@@ -14,7 +14,7 @@ from teacher_server.auth import Caller
 from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
 from teacher_server.journal import Journal, LeftBehind, left_behind
-from teacher_server.postings import Waste, booked
+from teacher_server.postings import Entry, Waste, booked
 from teacher_server.store import Store, StoreUnavailable
 from tests.ledgers import (
     CALLER,
@@ -315,7 +315,7 @@ def test_a_torn_line_is_not_read_and_harms_no_other(tmp_path):
 def test_where_the_line_of_a_posting_is_not_readable_the_next_one_has_it_all(tmp_path):
     log = Journal(tmp_path / "replica", "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
     for posting in range(1, 4):
-        part = ["", "", posting, 0, ""]
+        part = Entry("", posting, 0, "", "")
         log.record({"lines": [booked(FREE, "2026-01-31", charges=[part])], "totals": [posting, 0]})
         log.posted(posting)
     log.close()

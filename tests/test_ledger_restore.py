@@ -13,7 +13,7 @@ from teacher_server.config import LedgerConfig, StoreConfig
 from teacher_server.embedded import take_lock
 from teacher_server.journal import Journal
 from teacher_server.ledger import Ledger
-from teacher_server.postings import booked
+from teacher_server.postings import Entry, booked
 from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import open_stores
 from tests.ledgers import TEACHER, compute, crash
@@ -133,7 +133,7 @@ def left_behind(directory, postings=True):
     journal = Journal(directory / "journal", "gone-1", header)
 
     def done(caller, samples):
-        part = booked(caller, "2026-02-01", charges=[["", "", samples, 1000, ""]])
+        part = booked(caller, "2026-02-01", charges=[Entry("", samples, 1000, "", "")])
         journal.record({"lines": [part], "totals": [samples, 1000]}, journal.forwarding(samples))
 
     done(RED, 5)
