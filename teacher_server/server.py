@@ -73,7 +73,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                 metrics,
                 settings,
                 max_tenant_bytes=settings.max_tenant_queue_bytes,
-                on_end=stack.enter_context(_watched(settings.otlp_endpoint)),
+                on_end=stack.enter_context(watched(settings.otlp_endpoint)),
             )
         )
 
@@ -129,7 +129,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
 
 
 @contextmanager
-def _watched(otlp_endpoint: str | None) -> Iterator[Callable[[Ended], None]]:
+def watched(otlp_endpoint: str | None) -> Iterator[Callable[[Ended], None]]:
     """What is called with each call that ended: the access log, and the spans where somebody collects them."""
     if otlp_endpoint is None:
         yield log_call
