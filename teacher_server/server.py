@@ -47,12 +47,12 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
     Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
     that does not load, OSError for a port that is taken.
     """
-    if settings.tokens_file is None and not _is_loopback(settings.host):
+    if settings.tokens_file is None and not is_loopback(settings.host):
         raise ValueError(
             f"host: {settings.host} can be reached from outside and there are no tokens; "
             "give --tokens-file, or bind 127.0.0.1"
         )
-    if not _is_loopback(settings.host):
+    if not is_loopback(settings.host):
         _log.warning(
             "tokens and samples travel in clear on %s: put nothing between that may not read them", settings.host
         )
@@ -221,7 +221,7 @@ async def serve(settings: ServeSettings) -> int:
     return 1 if server.device_lost.is_set() else 0
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name: it may resolve to anything

@@ -14,7 +14,7 @@ from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as NoConnection
 
 from teacher_server.config import StoreConfig
-from teacher_server.embedded import _binary, socket_url
+from teacher_server.embedded import socket_url, valkey_binary
 from tests.serving import until
 
 DEBIAN = Path("/usr/bin/redis-server")  # 7.0: without WAITAOF, with TLS
@@ -67,7 +67,7 @@ class RedisServer:
 def running(folder: Path, *options: str, binary: Path | None = None) -> Iterator[RedisServer]:
     """The bundled Valkey, or another binary, without persistence unless told by its options."""
     defaults = ["--port", "0", "--save", "", "--loglevel", "warning"]
-    command = [str(binary or _binary()), *defaults, "--unixsocket", "redis.sock", *options]
+    command = [str(binary or valkey_binary()), *defaults, "--unixsocket", "redis.sock", *options]
     with socket_url(folder, "redis") as url:
         server = RedisServer(url, folder, command)
         try:

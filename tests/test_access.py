@@ -1,6 +1,7 @@
 """The access log of a server in its own process: what stands in a line, what never does."""
 
 import hashlib
+import io
 import json
 import re
 import signal
@@ -12,13 +13,22 @@ from urllib.error import HTTPError
 
 import grpc
 import pytest
+import torch
+from torch import nn
 
 from protos import teacher_pb2 as pb
 from student_worker import TeacherClient
 from student_worker.errors import InvalidQuery
+from teacher_server.batcher import Batcher
+from teacher_server.config import BatcherConfig, EngineConfig, ModelConfig
+from teacher_server.engine import Engine
+from teacher_server.log_lines import logging_to
+from teacher_server.model import load
+from teacher_server.trails import Trail
 from tests.asking import asking, page, pixels, refusal, stub_at
 from tests.redis_servers import running
 from tests.serving import ROOT, arguments, free_port, process
+from tests.teachers import TINY, save, tiny
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
@@ -176,6 +186,49 @@ def test_a_query_that_fails_is_an_error_and_names_its_trace(tmp_path):
     (failed,) = [line for line in written.lines if line["logger"] == "teacher_server.batcher"]
     assert failed["trace_id"] == TRACE
     assert "ValueError: no no" in failed["exc_info"]
+
+
+class Fickle(nn.Module):
+    """Answers NaN to its third sample; has no memory for more than 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x):
+        if len(x) > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        answers = self.net(x)
+        answers[2:3] = torch.nan
+        return answers
+
+
+def test_what_a_device_says_and_answers_that_are_not_finite_name_their_traces(tmp_path):
+    weights = save(Fickle(), tmp_path / "fickle.safetensors", TINY)
+    settings = arguments(tmp_path) | {"model": f"{__name__}:Fickle", "weights": weights, "max_batch_size": 32}
+    with logged(**settings) as (address, _, written), stub_at(address) as stub:
+        # Warm-up has found out already that 32 are too many; what it says is about no query.
+        assert refusal(stub.Label, asking(pixels(3)), metadata=[("traceparent", TRACEPARENT)])[2] == "FORWARD_FAILED"
+        stub.Label(asking(pixels(2)))
+    (memory,) = [line for line in written.lines if line["logger"] == "teacher_server.engine"]
+    assert not {"trace_id", "trace_ids"} & memory.keys()
+    (line,) = [line for line in written.lines if line["logger"] == "teacher_server.settlement"]
+    assert line["message"].endswith(
+        "the teacher answers NaN or infinity for 1 of 3 samples of job 'default' of tenant 'default'"
+    )
+    assert line["trace_ids"] == [TRACE]
+
+
+def test_a_device_that_runs_out_of_memory_in_a_batch_names_the_traces(tmp_path):
+    weights = save(Fickle(), tmp_path / "fickle.safetensors", TINY)
+    teacher = load(ModelConfig(model=f"{__name__}:Fickle", weights=weights), EngineConfig(device="cpu"))
+    engine = Engine(teacher.module, teacher.description, EngineConfig(device="cpu"), 32)
+    stream, trail = io.StringIO(), Trail()
+    with logging_to(stream), Batcher(BatcherConfig(max_batch_size=32), engine.forward) as batcher:
+        batcher.submit("red", "j", {"x": pixels(20)}, tag=trail).result(30)
+    (line,) = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert line["logger"] == "teacher_server.engine"
+    assert line["trace_id"] == trail.mark.trace_id
 
 
 # ---------------------------------------------------------------- what never stands there
