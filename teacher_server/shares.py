@@ -260,7 +260,7 @@ class Leg:
     @property
     def trace_ids(self) -> list[str]:
         """Whose query it is, and of those who wait for the same flight."""
-        return [waiter.trail.mark.trace_id for waiter in (self.host, *self.flight.shares)]
+        return list(dict.fromkeys(waiter.trail.mark.trace_id for waiter in (self.host, *self.flight.shares)))
 
     def rows_of(self, start: int, stop: int) -> Rows:
         """The flight's rows of this leg's samples start to stop."""
