@@ -1,6 +1,5 @@
 """teacher-server: the command line. Torch is imported only once the arguments are known to be good."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,13 +20,13 @@ def _serve(settings: ServeSettings) -> int:
     try:
         import asyncio
 
+        from teacher_server import logs
         from teacher_server.model import ModelError
         from teacher_server.server import serve
     except ModuleNotFoundError as error:
         print(f"teacher-server: {error}; install Preceptor with its [server] extra", file=sys.stderr)
         return 1
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logs.configure()
     try:
         return asyncio.run(serve(settings))
     except (ModelError, ValueError, OSError) as error:
