@@ -27,6 +27,7 @@ _AT_ONCE = 100  # lines in one write
 _LAST_LINES_SECONDS = 2.0
 _COUNTING_SECONDS = 1.0
 _ATTRIBUTES = {*RESERVED_ATTRS, "message", "asctime"}
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\t")}
 # What they say of a start, a stop and a request, we say ourselves.
 _QUIET = {"uvicorn": logging.WARNING}
 
@@ -66,15 +67,15 @@ class LineFormatter(JsonFormatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people; local time."""
+    """The same for people; local time. What a caller has put into a message stays within its line, and moves no cursor;
+    a traceback has its own lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        extra = {name: value for name, value in vars(record).items() if name not in _ATTRIBUTES}
-        said = super().formatMessage(record)
-        return f"{said} {' '.join(f'{name}={value}' for name, value in extra.items())}" if extra else said
+        extra = [f"{name}={value}" for name, value in vars(record).items() if name not in _ATTRIBUTES]
+        return " ".join([super().formatMessage(record), *extra]).translate(_CONTROLS)
 
 
 class _Written(QueueHandler):

@@ -55,6 +55,19 @@ def test_a_terminal_gets_text():
     assert re.fullmatch(r"[-0-9]{10} [0-9:,]{12} INFO tests\.logs: hello tenant=red samples=3\n", stream.getvalue())
 
 
+@pytest.mark.parametrize("given", ["x\nERROR a: forged", "x\r\nforged", "x\x1b[2Jforged", "x\x00\x7f\x9b"])
+def test_what_a_caller_sends_cannot_begin_a_line_or_move_the_cursor(given):
+    stream = Terminal()
+    with logging_to(stream):
+        log.info("job %s", given, extra={"job": given})
+        log.error("failed", exc_info=ValueError("of more\nlines"))
+    line, failed, *traceback = stream.getvalue().splitlines()
+    assert "INFO tests.logs: job x\\x" in line
+    assert line.isprintable()
+    assert failed.endswith("failed")
+    assert traceback == ["ValueError: of more", "lines"]
+
+
 def test_a_line_names_the_traces_that_its_context_is_about():
     stream, one, two = io.StringIO(), Trail(), Trail()
     with logging_to(stream):
@@ -166,6 +179,20 @@ def test_calls_that_went_well_are_no_flood_and_refusals_are_one_a_tenant_and_cod
     assert flood.filter(record("request", code=404, tenant=""))
     (said,) = flood.left_out(all_of_it=True)
     assert (said.code, said.tenant, said.left_out) == ("UNAUTHENTICATED", "", 1)
+
+
+def test_none_is_lost_from_the_count_when_threads_log_at_once(clock):
+    flood = Flood(10, 10, clock=clock)
+    through = []
+    threads = [
+        threading.Thread(target=lambda: through.extend([flood.filter(record()) for _ in range(2000)])) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (said,) = flood.left_out(all_of_it=True)
+    assert (sum(through), said.left_out) == (10, 7990)
 
 
 def test_who_makes_up_kinds_of_lines_fills_one_kind_and_no_memory(clock):
