@@ -14,6 +14,7 @@ from teacher_server.ledger_settings import (
     ShowSettings,
     VerifySettings,
 )
+from teacher_server.token_settings import ListTokensSettings, NewTokenSettings, RevokeTokenSettings
 
 
 def _serve(settings: ServeSettings) -> int:
@@ -63,6 +64,20 @@ def _ledger(name: str) -> Callable[[Any], int]:
     return run
 
 
+def _token(name: str) -> Callable[[Any], int]:
+    def run(settings: Any) -> int:
+        from teacher_server import token_commands
+
+        try:
+            getattr(token_commands, name)(settings, sys.stdout)
+        except (OSError, ValueError) as error:
+            print(f"teacher-server token: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run
+
+
 COMMANDS: dict[str, Command] = {
     "serve": (ServeSettings, _serve),
     "doctor": (DoctorSettings, _doctor),
@@ -71,6 +86,9 @@ COMMANDS: dict[str, Command] = {
     "ledger verify": (VerifySettings, _ledger("verify")),
     "ledger restore": (RestoreSettings, _ledger("restore")),
     "ledger budget": (BudgetSettings, _ledger("budget")),
+    "token new": (NewTokenSettings, _token("new")),
+    "token revoke": (RevokeTokenSettings, _token("revoke")),
+    "token list": (ListTokensSettings, _token("show")),
 }
 
 

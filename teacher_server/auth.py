@@ -1,17 +1,18 @@
-"""Who asks: the tenant behind a token, and the job that the caller names."""
+"""Who asks: the tenant and role behind a token, and the job that the caller names."""
 
-import hashlib
 import hmac
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from protos.conformance import check_job_name
 from protos.wire import MalformedMessage
-from teacher_server.errors import InvalidQuery, Unauthenticated
+from teacher_server.errors import InvalidQuery, NotAllowed, Unauthenticated
+from teacher_server.reloading import Reloaded
+from teacher_server.tokens import Role, Token, check_tenant_name, digest_of, read_tokens
 
-_TENANT = re.compile(r"[A-Za-z0-9.-][A-Za-z0-9._-]{0,63}")
+__all__ = ["Authenticator", "Caller", "Identity", "check_tenant_name"]
 
 
 class Caller(NamedTuple):
@@ -19,65 +20,89 @@ class Caller(NamedTuple):
     job: str
 
 
-def check_tenant_name(tenant: str) -> None:
-    """Raises ValueError for a name that is none; those with a leading "_" are the platform's own."""
-    if not _TENANT.fullmatch(tenant):
-        raise ValueError(f"tenant {tenant[:64]!r}: a name is 1 to 64 letters, digits or . _ -, and begins without _")
+class Identity(NamedTuple):
+    tenant: str
+    role: Role
+
+    @property
+    def asks(self) -> bool:
+        """Whether it may have samples computed, and looked up."""
+        return self.role != "viewer"
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it may see what other tenants spend, and the server's metrics."""
+        return self.role != "student"
+
+    @property
+    def administers(self) -> bool:
+        """Whether it may set and remove budgets."""
+        return self.role == "admin"
+
+
+_EVERYONE = Identity("default", "admin")
 
 
 class Authenticator:
-    """Tokens by their SHA-256. Without any, everyone is tenant `default` and an admin: for loopback only."""
+    """Tokens by their SHA-256. Without any, everyone is tenant `default` and an admin: for loopback only.
 
-    def __init__(self, tenants: Mapping[str, tuple[str, bool]] | None = None) -> None:
-        """`tenants`: for the SHA-256 of each token its tenant, and whether it is an admin's."""
-        self._tenants = tenants
+    `known` gives the tokens of this moment. `failed` is told of each attempt that was refused: "missing" (no token),
+    "unknown" or "role".
+    """
+
+    def __init__(
+        self,
+        known: Callable[[], Mapping[str, Token]] | None = None,
+        failed: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._known, self._failed = known, failed
 
     @classmethod
-    def from_file(cls, path: Path | None) -> "Authenticator":
-        """Reads lines of `SHA256-OF-TOKEN TENANT [admin]`; '#' starts a comment. Raises ValueError naming the line."""
-        if path is None:
-            return cls()
-        tenants: dict[str, tuple[str, bool]] = {}
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            named = len(words) > 1 and re.fullmatch(r"[0-9a-f]{64}", words[0]) and _TENANT.fullmatch(words[1])
-            if not named or words[2:] not in ([], ["admin"]):
-                raise ValueError(
-                    f"{path}:{number}: expected 'SHA256-OF-TOKEN TENANT', perhaps with 'admin' behind it "
-                    "(printf %s TOKEN | sha256sum); a tenant's name begins without _"
-                )
-            if words[0] in tenants:
-                raise ValueError(f"{path}:{number}: this token stands in the file already, for {tenants[words[0]][0]}")
-            tenants[words[0]] = (words[1], words[2:] == ["admin"])
-        return cls(tenants)
+    def from_file(
+        cls,
+        path: Path | None,
+        failed: Callable[[str], object] = lambda _: None,
+        not_reloaded: Callable[[], object] = lambda: None,
+    ) -> "Authenticator":
+        """The tokens of a file, as it stands from moment to moment. Raises OSError, or ValueError naming the line.
 
-    def caller(self, metadata: Mapping[str, str]) -> Caller:
-        """The caller that a call's metadata stands for. Raises Unauthenticated, or InvalidQuery for a bad job name."""
+        `not_reloaded` is told when a changed file cannot be read: then the tokens known before stay in force.
+        """
+        return cls(None if path is None else Reloaded([path], partial(read_tokens, path), not_reloaded), failed)
+
+    def identify(self, metadata: Mapping[str, str]) -> Identity:
+        """Whose token a call carries. Raises Unauthenticated."""
+        if self._known is None:
+            return _EVERYONE
+        scheme, _, token = metadata.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            self._failed("missing")
+            raise Unauthenticated("authorization: no token given; send 'authorization: Bearer TOKEN'")
+        given = digest_of(token)
+        found = self._known().get(given)
+        if found is None or not hmac.compare_digest(found.digest, given):
+            self._failed("unknown")
+            raise Unauthenticated("authorization: this token is not known here; ask the platform's owner for one")
+        return Identity(found.tenant, found.role)
+
+    def caller(self, metadata: Mapping[str, str], *, asks: bool = True) -> Caller:
+        """The caller that a call's metadata stands for.
+
+        Raises Unauthenticated, NotAllowed for a viewer who `asks`, InvalidQuery for a bad job name.
+        """
+        identity = self.identify(metadata)
+        if asks and not identity.asks:
+            self.refuse(
+                f"this token of tenant {identity.tenant!r} is a viewer's, which asks no teacher; take a student's"
+            )
         job = metadata.get("preceptor-job") or "default"
         try:
             check_job_name(job)
         except MalformedMessage as error:
             raise InvalidQuery(f"preceptor-job: {error}") from error
-        tenant, _ = self._who(metadata)
-        return Caller(tenant, job)
+        return Caller(identity.tenant, job)
 
-    def is_admin(self, metadata: Mapping[str, str]) -> bool:
-        """Whether the call may set budgets and see others' spend. Raises Unauthenticated."""
-        return self._who(metadata)[1]
-
-    def _who(self, metadata: Mapping[str, str]) -> tuple[str, bool]:
-        if self._tenants is None:
-            return "default", True
-        scheme, _, token = metadata.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("authorization: no token given; send 'authorization: Bearer TOKEN'")
-        given = hashlib.sha256(token.encode()).hexdigest()
-        found = None
-        for known, who in self._tenants.items():  # all of them, so that time tells nothing
-            if hmac.compare_digest(known, given):
-                found = who
-        if found is None:
-            raise Unauthenticated("authorization: this token is not known here; ask the platform's owner for one")
-        return found
+    def refuse(self, why: str) -> NoReturn:
+        """Refuses, and counts, what a known token's role does not allow. Raises NotAllowed."""
+        self._failed("role")
+        raise NotAllowed(why)

@@ -120,8 +120,8 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     drain_seconds: float = Field(default=30.0, ge=0)
     """After SIGTERM: how long queued queries may take to finish; what is left then is refused and the process exits."""
     tokens_file: Path | None = None
-    """Lines of `SHA256-OF-TOKEN TENANT`, with `admin` behind it for those who set budgets and see all spend. Without
-    the file everyone is tenant `default` and may do everything, on loopback only."""
+    """Lines of `SHA256-OF-TOKEN TENANT [student|viewer|admin] [NAME]`, as `teacher-server token new` writes them; read
+    again when it changes. Without the file everyone is tenant `default` and may do everything, on loopback only."""
 
     def address(self, port: int) -> str:
         """host:port, an IPv6 host in brackets."""

@@ -31,6 +31,7 @@ _MAX_ERROR_BYTES = 1000
 _RECEIVED_AT_ONCE = 8  # messages of one tenant; what is being received has no known size yet
 _RECEIVING_SECONDS = 60.0
 _RETRY_SECONDS = 0.1
+_ASKING = frozenset({"Label", "Lookup"})  # what a viewer may not
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -147,7 +148,7 @@ class Calls:
         """Counts a call of its tenant's until its reply is sent, or it ends otherwise."""
         remaining = context.time_remaining()
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        caller = self._authenticator.caller(metadata)
+        caller = self._authenticator.caller(metadata, asks=name in _ASKING)
         call = Call(name, caller, None if remaining is None else monotonic() + remaining)
         tenant = self._tenants.setdefault(caller.tenant, _Tenant())
         if tenant.calls >= self._max_calls:

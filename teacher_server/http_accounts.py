@@ -2,9 +2,9 @@
 
 import asyncio
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Security
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Security
 from fastapi.security import HTTPBearer
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from protos import teacher_pb2 as pb
 from teacher_server.accounts import Books
-from teacher_server.auth import Authenticator, Caller
+from teacher_server.auth import Caller, Identity
 from teacher_server.budgets import LARGEST_LIMIT, Period, State, Unit, budget_message, budget_states, one_of, set_budget
-from teacher_server.errors import NotAllowed
+from teacher_server.http_guard import Guard
 
 _ALL = "*"
 _TENANT = "/v1/budgets/{tenant}"
@@ -30,7 +30,7 @@ class _Refusal(BaseModel):
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": _Refusal, "description": "what was given is not understood"},
     401: {"model": _Refusal, "description": "no token, or one that is not known"},
-    403: {"model": _Refusal, "description": "only an admin may"},
+    403: {"model": _Refusal, "description": "not with this token's role"},
     503: {"model": _Refusal, "description": "the ledger does not answer: ask again, or another replica"},
     "default": {"model": _Refusal, "description": "anything else"},  # or FastAPI adds the 422 that we turn into 400
 }
@@ -48,62 +48,39 @@ class _Limit(BaseModel):
     """Samples, or 1e-9 of the currency."""
 
 
-class _Asker(NamedTuple):
-    tenant: str
-    is_admin: bool
-
-    def see(self, tenant: str) -> None:
-        if not self.is_admin and tenant != self.tenant:
-            raise NotAllowed(f"tenant: {tenant!r} is not yours, {self.tenant!r}; only an admin may see other tenants'")
-
-    def change(self) -> None:
-        if not self.is_admin:
-            raise NotAllowed(
-                f"only an admin may set or remove budgets; this token of tenant {self.tenant!r} has no 'admin' in "
-                "the tokens file"
-            )
-
-
-def routes(authenticator: Authenticator, books: Books) -> APIRouter:
-    async def asker(request: Request) -> _Asker:
-        found = _Asker(authenticator.caller(request.headers).tenant, authenticator.is_admin(request.headers))
-        request.state.tenant = found.tenant  # for the access log
-        return found
-
+def routes(guard: Guard, books: Books) -> APIRouter:
     async def states_of(tenant: str) -> list[State]:
         await books.post()
         return await budget_states(books.store, tenant)
 
-    async def set_one(asker: _Asker, tenant: str, job: str, given: _Limit) -> dict[str, Any]:
+    async def set_one(asker: Identity, tenant: str, job: str, given: _Limit) -> dict[str, Any]:
         # Answered once Redis has it, as it has all spend; its file is synced every second.
-        asker.change()
         who = f"http:{asker.tenant}"
         await set_budget(books.store, tenant, job, given.unit, given.period, limit=given.limit, who=who)
         if (state := one_of(await states_of(tenant), job, given.unit, given.period)) is None:
             raise _none_such(tenant, job, given.unit, given.period)
         return _json(budget_message(state))
 
-    async def remove_one(asker: _Asker, tenant: str, job: str, unit: Unit, period: Period) -> None:
-        asker.change()
+    async def remove_one(asker: Identity, tenant: str, job: str, unit: Unit, period: Period) -> None:
         if one_of(await budget_states(books.store, tenant), job, unit, period) is None:
             raise _none_such(tenant, job, unit, period)
         await set_budget(books.store, tenant, job, unit, period, limit=None, who=f"http:{asker.tenant}")
 
     # The scheme is for the page of the docs alone: it lets one give a token there.
     router = APIRouter(responses=_REFUSALS, dependencies=[Security(HTTPBearer(auto_error=False))])
-    asks = Depends(asker)
+    anyone, admin = Depends(guard.anyone), Depends(guard.admin)
 
     @router.get("/v1/spend", summary="What was spent, as the Spend call gives it")
     async def get_spend(
-        asker: Annotated[_Asker, asks],
-        tenant: Annotated[str | None, Query(description="another tenant, or * for all; for admins")] = None,
+        asker: Annotated[Identity, anyone],
+        tenant: Annotated[str | None, Query(description="another tenant, or * for all; for viewers and admins")] = None,
         job: Annotated[str, Query(description="one job; all without it")] = "",
         since: Annotated[date | None, Query(description="the first UTC day")] = None,
         until: Annotated[date | None, Query(description="the last UTC day")] = None,
     ) -> dict[str, Any]:
         """A SpendResponse. For `tenant=*` it holds the platform's own account, `_platform`, too, and no budgets."""
         whose = asker.tenant if tenant is None else tenant
-        asker.see(whose)
+        guard.see(asker, whose)
         request = pb.SpendRequest(job=job)
         for field, day in (("since", since), ("until", until)):
             if day is not None:
@@ -113,36 +90,38 @@ def routes(authenticator: Authenticator, books: Books) -> APIRouter:
             reply.ClearField("budgets")  # a Budget does not say whose the job is: /v1/budgets does
         return await asyncio.to_thread(_json, reply)
 
-    @router.get("/v1/budgets", summary="Your tenant's budgets; for an admin, everybody's")
-    async def all_budgets(asker: Annotated[_Asker, asks]) -> dict[str, Any]:
+    @router.get("/v1/budgets", summary="Your tenant's budgets; for a viewer or an admin, everybody's")
+    async def all_budgets(asker: Annotated[Identity, anyone]) -> dict[str, Any]:
         """`tenants`: for each what `/v1/budgets/{tenant}` gives."""
-        states = await states_of("" if asker.is_admin else asker.tenant)
+        states = await states_of("" if asker.sees_all else asker.tenant)
         return {"tenants": [_of_tenant(tenant, states) for tenant in sorted({state["tenant"] for state in states})]}
 
     @router.get(_TENANT, summary="A tenant's budgets, and those of its jobs")
-    async def tenant_budgets(asker: Annotated[_Asker, asks], tenant: str) -> dict[str, Any]:
+    async def tenant_budgets(asker: Annotated[Identity, anyone], tenant: str) -> dict[str, Any]:
         """`tenant`, and `budgets`: messages of type Budget."""
-        asker.see(tenant)
+        guard.see(asker, tenant)
         return _of_tenant(tenant, await states_of(tenant))
 
     @router.put(_TENANT, summary="Set a tenant's budget")
-    async def put_tenant(asker: Annotated[_Asker, asks], tenant: str, given: _Limit) -> dict[str, Any]:
+    async def put_tenant(asker: Annotated[Identity, admin], tenant: str, given: _Limit) -> dict[str, Any]:
         """The Budget as it stands now. What was spent before counts. For admins."""
         return await set_one(asker, tenant, "", given)
 
     @router.put(_JOB, summary="Set a job's budget")
-    async def put_job(asker: Annotated[_Asker, asks], tenant: str, job: _Job, given: _Limit) -> dict[str, Any]:
+    async def put_job(asker: Annotated[Identity, admin], tenant: str, job: _Job, given: _Limit) -> dict[str, Any]:
         """The Budget as it stands now. What was spent before counts. For admins."""
         return await set_one(asker, tenant, job, given)
 
     @router.delete(_TENANT, summary="Remove a tenant's budget", status_code=204, responses=_MISSING)
-    async def delete_tenant(asker: Annotated[_Asker, asks], tenant: str, unit: Unit, period: Period = "total") -> None:
+    async def delete_tenant(
+        asker: Annotated[Identity, admin], tenant: str, unit: Unit, period: Period = "total"
+    ) -> None:
         """For admins."""
         await remove_one(asker, tenant, "", unit, period)
 
     @router.delete(_JOB, summary="Remove a job's budget", status_code=204, responses=_MISSING)
     async def delete_job(
-        asker: Annotated[_Asker, asks], tenant: str, job: _Job, unit: Unit, period: Period = "total"
+        asker: Annotated[Identity, admin], tenant: str, job: _Job, unit: Unit, period: Period = "total"
     ) -> None:
         """For admins."""
         await remove_one(asker, tenant, job, unit, period)

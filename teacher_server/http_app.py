@@ -21,10 +21,11 @@ from starlette.types import Message as StarletteMessage
 from protos import teacher_pb2 as pb
 from teacher_server.access import LoggedRequests
 from teacher_server.accounts import Books
-from teacher_server.auth import Authenticator, Caller
+from teacher_server.auth import Authenticator
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
+from teacher_server.http_guard import Guard
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 from teacher_server.store import StoreUnavailable
@@ -52,10 +53,7 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
     app.add_middleware(LoggedRequests)
     _answer_errors(app)
 
-    def caller(request: Request) -> Caller:
-        found = authenticator.caller(request.headers)
-        request.state.tenant = found.tenant  # for the access log
-        return found
+    guard = Guard(authenticator)
 
     @app.get("/livez", summary="The process runs", response_class=Response)
     async def livez() -> Response:
@@ -69,17 +67,24 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
             return Response(f"{service.not_ready}\n", status_code=503, media_type="text/plain")
         return Response("ok\n", media_type="text/plain")
 
-    @app.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics, for viewers and admins",
+        response_class=Response,
+        dependencies=[Depends(guard.viewer)],
+    )
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get(
-        "/v1/teacher", summary="The teachers served, as the Describe call gives them", dependencies=[Depends(caller)]
+        "/v1/teacher",
+        summary="The teachers served, as the Describe call gives them",
+        dependencies=[Depends(guard.anyone)],
     )
     async def teacher() -> dict[str, Any]:
         return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
 
-    app.include_router(routes(authenticator, books))
+    app.include_router(routes(guard, books))
     return app
 
 

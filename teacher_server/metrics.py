@@ -66,6 +66,23 @@ class Metrics:
         self.requests = Counter(
             "preceptor_requests", "Calls by their gRPC status code.", ("call", "code"), registry=self.registry
         )
+        self.authentication_failures = Counter(
+            "preceptor_authentication_failures",
+            "Attempts without a token (missing), with one that is not known (unknown), or at what its role does not "
+            "allow (role).",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.reload_failures = Counter(
+            "preceptor_reload_failures",
+            "Changes of a file (tokens, certificates) that could not be read: what was read before is in force.",
+            ("file",),
+            registry=self.registry,
+        )
+        for reason in ("missing", "unknown", "role"):
+            self.authentication_failures.labels(reason)
+        for file in ("tokens", "certificates"):
+            self.reload_failures.labels(file)
         self.queue_seconds = Histogram(
             "preceptor_queue_seconds", "From queued to computing.", registry=self.registry, buckets=_SECONDS
         )

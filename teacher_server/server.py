@@ -56,8 +56,12 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         _log.warning(
             "tokens and samples travel in clear on %s: put nothing between that may not read them", settings.host
         )
-    authenticator = Authenticator.from_file(settings.tokens_file)
     metrics = Metrics()
+    authenticator = Authenticator.from_file(
+        settings.tokens_file,
+        failed=lambda reason: metrics.authentication_failures.labels(reason).inc(),
+        not_reloaded=metrics.reload_failures.labels("tokens").inc,
+    )
     device_lost = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -63,7 +63,7 @@ def logged(**settings):
 
 def tokens(folder, **tenants):
     file = folder / "tokens"
-    lines = [f"{hashlib.sha256(token.encode()).hexdigest()} {tenant}\n" for tenant, token in tenants.items()]
+    lines = [f"{hashlib.sha256(token.encode()).hexdigest()} {tenant} admin\n" for tenant, token in tenants.items()]
     file.write_text("".join(lines))
     file.chmod(0o600)
     return file
@@ -152,7 +152,7 @@ def test_requests_have_a_line_each_and_probes_that_go_well_none(tmp_path):
     file = tokens(tmp_path, red="secret")
     with logged(**arguments(tmp_path), tokens_file=file) as (_, http, written):
         for path in ("/livez", "/readyz", "/metrics"):
-            page(http, path)
+            page(http, path, authorization="Bearer secret")
         page(http, "/v1/spend?job=j", authorization="Bearer secret", traceparent=TRACEPARENT)
         for path in ("/v1/spend", "/nothing"):
             with pytest.raises(HTTPError):

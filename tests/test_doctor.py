@@ -298,13 +298,13 @@ def token_line(token, *words):
 @pytest.mark.parametrize(
     ("lines", "mode", "level", "said", "fix"),
     [
-        ([token_line("a", "red", "admin")], 0o600, "ok", "1 tokens of 1 tenants, 1 of admins", ""),
-        ([token_line("a", "red", "admin")], 0o644, "problem", "mode 0644: others may read it", "chmod 600"),
+        ([token_line("a", "red", "admin")], 0o600, "ok", "1 tenant, tokens of 0 students, 0 viewers, 1 admin", ""),
+        ([token_line("a", "red", "admin")], 0o644, "problem", "mode 0644: everybody may read it", "chmod 600"),
         ([token_line("a", "red", "admin")], 0o660, "problem", "mode 0660: its group may write it", "chmod 600"),
-        ([token_line("a", "red")], 0o600, "note", "nobody is an admin", "write 'admin'"),
+        ([token_line("a", "red")], 0o600, "note", "nobody is an admin", "--role admin"),
         ([token_line("a", "red", "admin"), token_line("a", "blue")], 0o600, "problem", "already", ""),
         ([token_line("a", "_red")], 0o600, "problem", "tokens:1", ""),
-        (["# none"], 0o600, "problem", "nobody may ask", "sha256sum"),
+        (["# none"], 0o600, "problem", "nobody may ask", "token new"),
         ([token_line("", "red", "admin")], 0o600, "problem", "an empty token", "remove"),
         ([token_line("a", "red", "admin"), token_line("b", "Red")], 0o600, "note", "differ in case", "one of them"),
     ],

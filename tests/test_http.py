@@ -1,7 +1,6 @@
 """Spend and budgets over HTTP, beside a real Valkey; who may see and change what, and how refusals read."""
 
 import asyncio
-import hashlib
 import json
 import threading
 import urllib.error
@@ -21,13 +20,18 @@ from teacher_server.http_app import HttpApp
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 from teacher_server.store import Store
+from teacher_server.tokens import Token, digest_of
 from tests.asking import asking, pixels, stub_at
 from tests.redis_servers import running
 from tests.serving import arguments, serving
 from tests.spending import RED, a_redis, charge, fill, using
 
 ADMIN = "root"
-TOKENS = {"red": "red", "blue": "blue", ADMIN: "red admin"}
+TOKENS = {"red": "red", "blue": "blue", ADMIN: "red admin", "board": "green viewer"}
+
+
+def bearer(token):
+    return {"authorization": f"Bearer {token}"} if token else {}
 
 
 class Api:
@@ -38,7 +42,7 @@ class Api:
 
     def __call__(self, method, path, token=ADMIN, body=None):
         """(status, reply); the reply is what the JSON holds, None where there is no body."""
-        headers = {"authorization": f"Bearer {token}"} if token else {}
+        headers = bearer(token)
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         headers |= {"content-type": "application/json"} if data else {}
         request = urllib.request.Request(f"http://{self.address}{path}", data, headers, method=method)
@@ -64,7 +68,13 @@ def http(url, tokens=None, post=None):
         metrics = Metrics()
         async with Store(url, "ledger") as store:
             books = Books(store) if post is None else Books(store, lambda: post(store))
-            app = HttpApp(Service(metrics, books), Authenticator(tokens), metrics, NetworkConfig(http_port=0), books)
+            app = HttpApp(
+                Service(metrics, books),
+                Authenticator(tokens and (lambda: tokens)),
+                metrics,
+                NetworkConfig(http_port=0),
+                books,
+            )
             async with app:
                 stop = asyncio.Event()
                 ended.extend([asyncio.get_running_loop(), stop, app.port])
@@ -83,8 +93,7 @@ def http(url, tokens=None, post=None):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    who = {hashlib.sha256(token.encode()).hexdigest(): words.split() for token, words in TOKENS.items()}
-    tokens = {digest: (words[0], words[1:] == ["admin"]) for digest, words in who.items()}
+    tokens = {digest_of(token): Token(digest_of(token), *words.split()) for token, words in TOKENS.items()}
     with a_redis(tmp_path_factory.mktemp("redis")) as url, http(url, tokens) as api:
         yield api
 
@@ -299,6 +308,45 @@ def test_nobody_gets_in_without_a_token_and_only_admins_change(api, method, path
     else:
         assert (status, reply["reason"]) == (403, "NOT_ALLOWED")
         assert "only an admin may set or remove budgets" in reply["detail"]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CALLS)
+def test_a_viewer_sees_everything_and_changes_nothing(full, method, path, body):
+    status, reply = full(method, path, "board", body)
+    if method == "GET":
+        assert status == 200
+        assert len(full.get("/v1/spend?tenant=*", "board")["lines"]) > 5
+        full("PUT", "/v1/budgets/red", body={"unit": "samples", "limit": 1})
+        assert [of["tenant"] for of in full.get("/v1/budgets", "board")["tenants"]] == ["red"]
+    else:
+        assert (status, reply["reason"]) == (403, "NOT_ALLOWED")
+        assert "this token of tenant 'green' is a viewer's" in reply["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        *((path, "nothing") for path in ("/livez", "/docs", "/openapi.json")),
+        *((path, "a token") for path in ("/v1/teacher", "/v1/spend", "/v1/budgets", "/v1/budgets/red")),
+        *((path, "a viewer") for path in ("/metrics", "/v1/spend?tenant=*", "/v1/budgets/blue")),
+    ],
+)
+def test_each_page_asks_for_as_much_as_it_shows(full, path, needs):
+    got = {token: _status(full, path, token) for token in ("", "unknown", "red", "board", ADMIN)}
+    nobody, student = {"nothing": (200, 200), "a token": (401, 200), "a viewer": (401, 403)}[needs]
+    if path == "/v1/teacher":  # none is loaded here, so whoever is let in hears that
+        assert got == {"": 401, "unknown": 401, "red": 503, "board": 503, ADMIN: 503}
+    else:
+        assert got == {"": nobody, "unknown": nobody, "red": student, "board": 200, ADMIN: 200}
+
+
+def _status(api, path, token):
+    request = urllib.request.Request(f"http://{api.address}{path}", headers=bearer(token))
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 @pytest.mark.parametrize(

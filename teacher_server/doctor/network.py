@@ -1,20 +1,19 @@
 """Where the server is to be reached, by whom, and whom it is to reach."""
 
-import hashlib
 import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from teacher_server.auth import Authenticator
 from teacher_server.config import ServeSettings
 from teacher_server.doctor.findings import Finding, from_error, note, ok, problem
 from teacher_server.server import is_loopback
+from teacher_server.tokens import ROLES, Token, digest_of, read_tokens
 
 _CONNECT_SECONDS = 2.0
-_MAKE_TOKENS = "write lines of SHA256-OF-TOKEN TENANT (printf %s TOKEN | sha256sum)"
-_NO_TOKEN = hashlib.sha256(b"").hexdigest()
+_MAKE_TOKENS = "make one with teacher-server token new"
+_NO_TOKEN = digest_of("")
 
 
 def ports(settings: ServeSettings) -> Iterator[Finding]:
@@ -65,42 +64,53 @@ def tokens(settings: ServeSettings) -> Iterator[Finding]:
     if path is None:
         return
     try:
-        text, mode = path.read_text(), path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        yield problem("tokens", f"--tokens-file {path}: {why}", f"{_MAKE_TOKENS}, readable by this user")
+        mode = path.stat().st_mode
+        known = read_tokens(path)
+    except OSError as error:
+        yield problem("tokens", f"--tokens-file {path}: {error.strerror}", f"{_MAKE_TOKENS}, readable by this user")
         return
-    if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
-        who = "everybody may write" if mode & stat.S_IWOTH else "others may read"
-        who = "its group may write" if mode & stat.S_IWGRP and not mode & (stat.S_IROTH | stat.S_IWOTH) else who
-        yield problem("tokens", f"{path} has mode {stat.S_IMODE(mode):04o}: {who} it", f"chmod 600 {path}")
-    try:
-        Authenticator.from_file(path)
     except ValueError as error:
         yield from_error("tokens", error, "mend that line, or remove it")
         return
-    lines = [line.partition("#")[0].split() for line in text.splitlines()]
-    yield from _entries(path, [words for words in lines if words])
+    if (whose := _too_open(mode)) is not None:
+        yield problem("tokens", f"{path} has mode {stat.S_IMODE(mode):04o}: {whose} it", f"chmod 600 {path}")
+    yield from _entries(path, list(known.values()))
 
 
-def _entries(path: Path, entries: list[list[str]]) -> Iterator[Finding]:
+def _too_open(mode: int) -> str | None:
+    """It holds no tokens, but tenants and names, and who writes it lets himself in."""
+    for bit, whose in (
+        (stat.S_IWOTH, "everybody may write"),
+        (stat.S_IWGRP, "its group may write"),
+        (stat.S_IROTH, "everybody may read"),
+    ):
+        if mode & bit:
+            return whose
+    return None
+
+
+def _entries(path: Path, entries: list[Token]) -> Iterator[Finding]:
     if not entries:
         yield problem("tokens", f"{path} holds no token, so nobody may ask", _MAKE_TOKENS)
         return
-    if any(words[0] == _NO_TOKEN for words in entries):
+    if any(token.digest == _NO_TOKEN for token in entries):
         said = f"{path} holds the hash of an empty token, which nobody can send"
-        yield problem("tokens", said, "remove that line: printf %s TOKEN | sha256sum with the token put in")
-    tenants = sorted({words[1] for words in entries})
+        yield problem("tokens", said, f"remove the line that begins with {_NO_TOKEN[:8]}; {_MAKE_TOKENS}")
+    tenants = sorted({token.tenant for token in entries})
     folded: dict[str, str] = {}
     for tenant in tenants:
         if (other := folded.setdefault(tenant.lower(), tenant)) != tenant:
             said = f"{path}: tenants {other!r} and {tenant!r} differ in case alone, and have two bills"
             yield note("tokens", said, "write one of them everywhere, if they are one")
-    admins = sum(words[2:3] == ["admin"] for words in entries)
-    if not admins:
-        said = f"{path}: nobody is an admin, so nobody sets budgets or sees all spend over HTTP"
-        yield note("tokens", said, "write 'admin' behind the tenant of one token")
-    yield ok("tokens", f"{path}: {len(entries)} tokens of {len(tenants)} tenants, {admins} of admins")
+    roles = {role: sum(token.role == role for token in entries) for role in ROLES}
+    if not roles["admin"]:
+        said = f"{path}: nobody is an admin, so nobody sets budgets over HTTP"
+        yield note("tokens", said, f"teacher-server token new --tokens-file {path} TENANT --role admin")
+    yield ok(
+        "tokens",
+        f"{path}: {len(tenants)} {'tenant' if len(tenants) == 1 else 'tenants'}, tokens of "
+        + ", ".join(f"{number} {role}{'' if number == 1 else 's'}" for role, number in roles.items()),
+    )
 
 
 def collector(settings: ServeSettings) -> Iterator[Finding]:
