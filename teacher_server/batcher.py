@@ -316,7 +316,9 @@ class Batcher:
             return ForwardFailed(f"the teacher's forward pass raised {type(error).__name__}: {error}")
         for name, array in outputs.items():
             if len(array) != samples:
-                return ForwardFailed(f"{name}: the teacher answered {samples} samples with {len(array)} rows")
+                said = f"{name}: the teacher answered {samples} samples with {len(array)} rows"
+                _log.warning("%s", said)
+                return ForwardFailed(said)
         return outputs
 
     def _blame(self, batch: Batch, error: TeacherServerError) -> None:

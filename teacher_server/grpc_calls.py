@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, monotonic_ns
 from typing import Any, cast
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import duration_pb2
@@ -134,7 +135,7 @@ class Calls:
                     code=code,
                     reason=reason,
                     caller=call.caller if call else None,
-                    peer=context.peer(),
+                    peer=unquote(context.peer()).partition(":")[2],  # of ipv4:HOST:PORT, ipv6:%5BHOST%5D:PORT
                     request_bytes=call.received if call else 0,
                     reply_bytes=len(message),
                     answered=of_reply(reply),

@@ -1,6 +1,5 @@
 """The access log of a server in its own process: what stands in a line, what never does."""
 
-import hashlib
 import io
 import json
 import re
@@ -29,9 +28,7 @@ from tests.asking import asking, page, pixels, refusal, stub_at
 from tests.redis_servers import running
 from tests.serving import ROOT, arguments, free_port, process
 from tests.teachers import TINY, save, tiny
-
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-TRACEPARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
+from tests.traces import TRACE, TRACEPARENT, tokens
 
 
 class Written:
@@ -61,14 +58,6 @@ def logged(**settings):
         assert server.returncode == 0
 
 
-def tokens(folder, **tenants):
-    file = folder / "tokens"
-    lines = [f"{hashlib.sha256(token.encode()).hexdigest()} {tenant} admin\n" for tenant, token in tenants.items()]
-    file.write_text("".join(lines))
-    file.chmod(0o600)
-    return file
-
-
 def test_a_call_has_one_line_that_says_who_what_and_how_long(tmp_path):
     with logged(**arguments(tmp_path), price_nanos=1_000_000, currency="EUR") as (address, _, written):
         with stub_at(address) as stub:
@@ -83,7 +72,7 @@ def test_a_call_has_one_line_that_says_who_what_and_how_long(tmp_path):
     assert [line["call"] for line in written.calls()] == ["Label"] * 3 + ["Describe", "Lookup", "Spend"]
     (line,) = written.calls(job="sweep/7")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
-    assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", line.pop("peer"))
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", line.pop("peer"))
     queue, compute, total = (line.pop(f"{name}_ms") for name in ("queue", "compute", "total"))
     assert 0 <= queue < total
     assert 0 < compute < total

@@ -175,7 +175,7 @@ def test_too_few_file_descriptors(tmp_path):
         (found,) = machine.descriptors(settings(tmp_path, max_concurrent_calls=1000))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert (found.level, found.fix.split(" before")[0]) == ("note", "ulimit -n 1128")
+    assert (found.level, found.fix.split(" before")[0]) == ("note", "ulimit -n 1640")
     (found,) = machine.descriptors(settings(tmp_path, max_concurrent_calls=1))
     assert found.level == "ok"
 
