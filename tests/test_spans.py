@@ -1,5 +1,6 @@
 """OpenTelemetry spans as a real OTLP collector gets them: its own small gRPC server."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -131,6 +132,24 @@ def test_the_callers_wish_not_to_be_recorded_is_followed_and_who_says_nothing_is
     # It is in the log under the same trace.
     _, logged = [record for record in caplog.records if record.name == "teacher_server.access"]
     assert parenthood(call) == [(logged.trace_id, "")]
+
+
+@pytest.mark.parametrize(("ratio", "spans"), [("0", 0), ("1", 1)])
+def test_opentelemetrys_own_variables_hold(ratio, spans, tmp_path):
+    environment = os.environ | {
+        "OTEL_TRACES_SAMPLER": "traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": ratio,
+        "OTEL_SERVICE_NAME": "ours",
+    }
+    with collecting() as collector:
+        with process(environment=environment, **arguments(tmp_path), otlp_endpoint=collector.url) as started:
+            server, address, _ = started
+            with stub_at(address) as stub:
+                stub.Describe(pb.DescribeRequest(), metadata=[("traceparent", TRACEPARENT)])
+            server.terminate()
+            assert server.wait(30) == 0
+    assert len(collector.spans) == spans
+    assert [resource["service.name"] for resource in collector.resources] == ["ours"] * spans
 
 
 def test_a_students_own_span_is_the_parent_of_what_its_query_costs(tmp_path):
