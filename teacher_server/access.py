@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protos import teacher_pb2 as pb
 from teacher_server.auth import Caller
-from teacher_server.trails import Trail, concerns
+from teacher_server.trails import Trail, concern
 
 _log = logging.getLogger(__name__)
 _SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
@@ -84,7 +84,10 @@ def log_call(ended: Ended) -> None:
 
 
 class LoggedRequests:
-    """HTTP requests, but for probes that go well. A route says whose it is by `request.state.tenant`."""
+    """HTTP requests, but for probes that go well.
+
+    A route says by `request.state.tenant` whose it is, and by `request.state.reason` why it was refused.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -95,6 +98,7 @@ class LoggedRequests:
             return
         header = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
         trail = Trail.following(header.decode("latin-1"))
+        concern(trail)  # for all of this request's task
         status, received, sent = 0, 0, 0
 
         async def counted_receive() -> Message:
@@ -110,8 +114,7 @@ class LoggedRequests:
             await send(message)
 
         try:
-            with concerns(trail):
-                await self._app(scope, counted_receive, counted_send)
+            await self._app(scope, counted_receive, counted_send)
         except Exception:
             status = status or HTTPStatus.INTERNAL_SERVER_ERROR  # which whoever serves us says in our place
             raise
@@ -128,6 +131,8 @@ class LoggedRequests:
                     "reply_bytes": sent,
                     "total_ms": _milliseconds(monotonic_ns() - trail.began),
                 }
+                if reason := scope.get("state", {}).get("reason"):
+                    fields["reason"] = reason
                 level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
                 _log.log(level, "request", extra=fields)
 

@@ -92,25 +92,28 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
 def _answer_errors(app: FastAPI) -> None:
     """Whatever goes wrong is said as {"reason", "detail"}."""
 
-    def answer(status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def answer(
+        request: Request, status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        request.state.reason = reason  # for the access log
         return JSONResponse({"reason": reason, "detail": detail}, status, headers)
 
     @app.exception_handler(TeacherServerError)
-    async def refused(_: Request, error: TeacherServerError) -> JSONResponse:
-        return answer(_STATUS.get(error.code, 500), error.reason, str(error))
+    async def refused(request: Request, error: TeacherServerError) -> JSONResponse:
+        return answer(request, _STATUS.get(error.code, 500), error.reason, str(error))
 
     @app.exception_handler(StoreUnavailable)
-    async def no_store(_: Request, error: StoreUnavailable) -> JSONResponse:
-        return answer(503, LedgerUnavailable.reason, f"{error}; ask again, or another replica")
+    async def no_store(request: Request, error: StoreUnavailable) -> JSONResponse:
+        return answer(request, 503, LedgerUnavailable.reason, f"{error}; ask again, or another replica")
 
     @app.exception_handler(RequestValidationError)
-    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(400, InvalidQuery.reason, "; ".join(map(_say, error.errors())))
+    async def misunderstood(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(request, 400, InvalidQuery.reason, "; ".join(map(_say, error.errors())))
 
     @app.exception_handler(HTTPException)
-    async def no_such(_: Request, error: HTTPException) -> JSONResponse:
+    async def no_such(request: Request, error: HTTPException) -> JSONResponse:
         reason = HTTPStatus(error.status_code).name  # NOT_FOUND, METHOD_NOT_ALLOWED
-        return answer(error.status_code, reason, str(error.detail), error.headers)
+        return answer(request, error.status_code, reason, str(error.detail), error.headers)
 
 
 def _say(problem: Mapping[str, Any]) -> str:

@@ -8,8 +8,7 @@ Moments are those of time.monotonic_ns().
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from random import SystemRandom
@@ -112,16 +111,6 @@ _concerned: ContextVar[Iterable[object]] = ContextVar("concerned", default=())
 def concern(*whom: object) -> None:
     """From here on whatever this task or thread logs concerns these: those of them that are `Traced`."""
     _concerned.set(whom)
-
-
-@contextmanager
-def concerns(*whom: object) -> Iterator[None]:
-    """The same for what is inside."""
-    token = _concerned.set(whom)
-    try:
-        yield
-    finally:
-        _concerned.reset(token)
 
 
 def concerned() -> list[str]:

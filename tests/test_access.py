@@ -161,8 +161,8 @@ def test_requests_have_a_line_each_and_probes_that_go_well_none(tmp_path):
         "tenant": "red",
         "request_bytes": 0,
     }
-    assert (refused["code"], refused["tenant"]) == (401, "")
-    assert (nothing["code"], nothing["call"]) == (404, "GET /nothing")
+    assert (refused["code"], refused["tenant"], refused["reason"]) == (401, "", "UNAUTHENTICATED")
+    assert (nothing["code"], nothing["call"], nothing["reason"]) == (404, "GET /nothing", "NOT_FOUND")
 
 
 def test_a_query_that_fails_is_an_error_and_names_its_trace(tmp_path):

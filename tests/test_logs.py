@@ -8,12 +8,14 @@ import re
 import threading
 import warnings
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 
 import pytest
 
 from teacher_server.log_lines import logging_to
 from teacher_server.logs import Flood
-from teacher_server.trails import Trail, concerns
+from teacher_server.trails import Trail, concern
 from tests.serving import until
 
 log = logging.getLogger("tests.logs")
@@ -68,14 +70,22 @@ def test_what_a_caller_sends_cannot_begin_a_line_or_move_the_cursor(given):
     assert traceback == ["ValueError: of more", "lines"]
 
 
+def about(say, message, *whom):
+    """Says it where what is logged concerns them."""
+
+    def concerning():
+        concern(*whom)
+        say(message)
+
+    copy_context().run(concerning)
+
+
 def test_a_line_names_the_traces_that_its_context_is_about():
     stream, one, two = io.StringIO(), Trail(), Trail()
     with logging_to(stream):
-        with concerns(one):
-            log.info("one")
-        with concerns(one, "no trace", two, one):
-            log.info("both")
-            log.info("its own", extra={"trace_id": "x"})
+        about(log.info, "one", one)
+        about(log.info, "both", one, "no trace", two, one)
+        about(partial(log.info, extra={"trace_id": "x"}), "its own", one)
         log.info("none")
     first, both, own, none = lines(stream)
     assert first["trace_id"] == one.mark.trace_id
