@@ -127,20 +127,19 @@ class Calls:
             raise
         finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
             self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
-            self._on_end(
-                Ended(
-                    call=name,
-                    trail=trail,
-                    ended=monotonic_ns(),
-                    code=code,
-                    reason=reason,
-                    caller=call.caller if call else None,
-                    peer=unquote(context.peer()).partition(":")[2],  # of ipv4:HOST:PORT, ipv6:%5BHOST%5D:PORT
-                    request_bytes=call.received if call else 0,
-                    reply_bytes=len(message),
-                    answered=of_reply(reply),
-                )
+            ended = Ended(
+                call=name,
+                trail=trail,
+                ended=monotonic_ns(),
+                code=code,
+                reason=reason,
+                caller=call.caller if call else None,
+                peer=unquote(context.peer()).partition(":")[2],  # of ipv4:HOST:PORT, ipv6:%5BHOST%5D:PORT
+                request_bytes=call.received if call else 0,
+                reply_bytes=len(message),
+                answered=of_reply(reply),
             )
+            asyncio.get_running_loop().call_soon(self._on_end, ended)  # the reply need not wait for it
         if refused is not None:
             await context.abort_with_status(rpc_status.to_status(refused))
         return message

@@ -25,7 +25,7 @@ from teacher_server.trails import concerned
 _WAITING_LINES = 10_000
 _AT_ONCE = 100  # lines in one write
 _LAST_LINES_SECONDS = 2.0
-_COUNTING_SECONDS = 1.0
+_PAUSE_SECONDS = 0.1  # that lines may wait; warnings and errors do not
 _ATTRIBUTES = {*RESERVED_ATTRS, "message", "asctime"}
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != ord("\t")}
 # What they say of a start, a stop and a request, we say ourselves.
@@ -81,7 +81,7 @@ class TextFormatter(logging.Formatter):
 class _Written(QueueHandler):
     """Formats and writes in a thread of its own."""
 
-    queue: "SimpleQueue[logging.LogRecord | None]"
+    queue: "SimpleQueue[logging.LogRecord]"
 
     def __init__(self, stream: TextIO, formatter: logging.Formatter, flood: Flood) -> None:
         super().__init__(SimpleQueue())
@@ -91,6 +91,7 @@ class _Written(QueueHandler):
         self._lines = formatter  # not the handler's own, which QueueHandler would apply in the thread that logs
         self._left_out = 0
         self._closed = False
+        self._hurry = threading.Event()
         # A daemon: a reader that has stopped cannot keep the process from ending.
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -115,43 +116,47 @@ class _Written(QueueHandler):
             return
         if self.queue.qsize() >= _WAITING_LINES:
             self._left_out += 1
-        else:
-            self.queue.put_nowait(record)
+            return
+        self.queue.put_nowait(record)
+        if record.levelno >= logging.WARNING:
+            self._hurry.set()
 
     def close(self) -> None:
         """Waits until what was logged is written, a little while at most."""
         if not self._closed:
             self._closed = True
-            self.queue.put(None)
+            self._hurry.set()
             self._thread.join(_LAST_LINES_SECONDS)
         super().close()
 
     def _write(self) -> None:
         last = False
         while not last:
-            records, last = self._next()
-            records += self._flood.left_out(all_of_it=last)
+            # Not woken by each line: this thread would hold the interpreter just when the reply is to be sent.
+            self._hurry.wait(_PAUSE_SECONDS)
+            self._hurry.clear()
+            last = self._closed
+            while records := self._next():
+                self._put(records)
+            records = self._flood.left_out(all_of_it=last)
             if self._left_out:
                 left_out, self._left_out = self._left_out, 0
                 records.append(_complaint(left_out))
-            if records:
-                with suppress(OSError, ValueError):  # nobody reads any more; there is nowhere to say so
-                    self._stream.write("".join(map(self._line, records)))
-                    self._stream.flush()
+            self._put(records)
             records = []  # while this thread waits, nothing is kept
 
-    def _next(self) -> tuple[list[logging.LogRecord], bool]:
-        """What there is to write, and whether it is the last. Waits a second at most: counted lines wake nobody."""
+    def _next(self) -> list[logging.LogRecord]:
         records: list[logging.LogRecord] = []
         with suppress(Empty):
-            record = self.queue.get(timeout=_COUNTING_SECONDS)
-            while record is not None:
-                records.append(record)
-                if len(records) >= _AT_ONCE:
-                    return records, False
-                record = self.queue.get_nowait()
-            return records, True
-        return records, False
+            while len(records) < _AT_ONCE:
+                records.append(self.queue.get_nowait())
+        return records
+
+    def _put(self, records: list[logging.LogRecord]) -> None:
+        if records:
+            with suppress(OSError, ValueError):  # nobody reads any more; there is nowhere to say so
+                self._stream.write("".join(map(self._line, records)))
+                self._stream.flush()
 
     def _line(self, record: logging.LogRecord) -> str:
         try:

@@ -26,9 +26,19 @@ from teacher_server.model import load
 from teacher_server.trails import Trail
 from tests.asking import asking, page, pixels, refusal, stub_at
 from tests.redis_servers import running
-from tests.serving import ROOT, arguments, free_port, process
+from tests.serving import ROOT, arguments, free_port, process, until
 from tests.teachers import TINY, save, tiny
 from tests.traces import TRACE, TRACEPARENT, tokens
+
+
+def logged_calls(caplog, number=1):
+    """So many lines of a server in this process, which come when the reply is on its way."""
+
+    def found():
+        return [record for record in caplog.records if record.name == "teacher_server.access"]
+
+    until(lambda: len(found()) >= number)
+    return found()
 
 
 class Written:
@@ -117,7 +127,7 @@ def test_a_call_has_one_line_that_says_who_what_and_how_long(tmp_path):
 def test_a_traceparent_that_cannot_be_used_counts_as_none(header, server, stub, caplog):
     with caplog.at_level("INFO"):
         stub.Describe(pb.DescribeRequest(), metadata=[("traceparent", header)])
-    (line,) = [record for record in caplog.records if record.name == "teacher_server.access"]
+        (line,) = logged_calls(caplog)
     assert re.fullmatch(r"[0-9a-f]{32}", line.trace_id)
     assert line.trace_id != TRACE
 
@@ -125,15 +135,16 @@ def test_a_traceparent_that_cannot_be_used_counts_as_none(header, server, stub, 
 def test_a_later_version_of_traceparent_may_say_more(stub, caplog):
     with caplog.at_level("INFO"):
         stub.Describe(pb.DescribeRequest(), metadata=[("traceparent", f"01-{TRACE}-00f067aa0ba902b7-01-more")])
-    (line,) = [record for record in caplog.records if record.name == "teacher_server.access"]
+        (line,) = logged_calls(caplog)
     assert line.trace_id == TRACE
 
 
 def test_a_clients_error_names_the_trace_that_stands_in_the_log(server, caplog):
-    with TeacherClient(server.grpc_address) as client, caplog.at_level("INFO"), pytest.raises(InvalidQuery) as refused:
-        client.label(pixels(1), request_id="x" * 1000)
-    trace_id = str(refused.value)[-33:-1]
-    (line,) = [record for record in caplog.records if getattr(record, "trace_id", "") == trace_id]
+    with TeacherClient(server.grpc_address) as client, caplog.at_level("INFO"):
+        with pytest.raises(InvalidQuery) as refused:
+            client.label(pixels(1), request_id="x" * 1000)
+        _, line = logged_calls(caplog, 2)
+    assert line.trace_id == str(refused.value)[-33:-1]
     assert (line.code, line.reason) == ("INVALID_ARGUMENT", "INVALID_QUERY")
 
 
