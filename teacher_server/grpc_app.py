@@ -14,7 +14,6 @@ from teacher_server.service import Service
 from teacher_server.tls import Certificates
 
 _LIMITS = {
-    "grpc.max_concurrent_streams": 128,  # calls of one connection; a client's further ones wait at its end
     "grpc.max_metadata_size": 8 * 1024,
     "grpc.absolute_max_metadata_size": 16 * 1024,
     "grpc.server_handshake_timeout_ms": 10_000,  # TLS and HTTP/2's first frames
@@ -53,6 +52,9 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
+                # Of one connection, as of one tenant; a client's further calls wait at its end. Well below that gRPC
+                # refuses at random those of a client that resets its calls faster than they can be cleared away.
+                ("grpc.max_concurrent_streams", max(1, config.max_concurrent_calls // 2)),
                 *_LIMITS.items(),
             ],
         )

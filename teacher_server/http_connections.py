@@ -38,8 +38,8 @@ class Listener(socket.socket):
             connection, address = super().accept()
             if not (lacking := self._places.take(address[0])):
                 return _Accepted(connection, self._places, address[0]), address
-            connection.close()
             self._dropped(lacking)
+            connection.close()
         raise BlockingIOError  # asyncio's word for: no more for now
 
 
