@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     keys_of_others: ClassVar[Mapping[str, Any]] = {}
     """Keys that may stand in the same TOML file for another command."""
 
+    never_flags: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold a secret: a process list shows every flag."""
+
     config: Path | None = None
     """TOML file with any of these keys."""
 
@@ -116,6 +119,7 @@ def run_command(program: str, commands: Mapping[str, Command], argv: list[str] |
             if key.startswith(prefix) and not _SERVICE_LINK.fullmatch(f"{key}={value}")
         }
         _refuse_unknown(ours, variables, "environment variable")
+        _refuse_secrets(options, settings_cls)
         parser = CliSettingsSource[Any](settings_cls, cli_prog_name=f"{program} {name}")
         parsed = CliApp.run(settings_cls, cli_args=options, cli_settings_source=parser)
     except ValidationError as error:
@@ -137,6 +141,16 @@ def _say(problem: ErrorDetails, settings: type[Settings]) -> str:
         flag = key.upper()
     given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     return f"{key}: {problem['msg']}{given} ({flag})"
+
+
+def _refuse_secrets(options: list[str], settings: type[Settings]) -> None:
+    for option in options:
+        field = option.partition("=")[0].removeprefix("--").replace("-", "_")
+        if option.startswith("--") and field in settings.never_flags:
+            variable = f"{settings.model_config['env_prefix']}{field}".upper()
+            raise SettingsError(
+                f"{field}: a process list shows every flag, so this is none; set {variable}, or give --{field}-file"
+            )
 
 
 def _refuse_unknown(given: Any, known: Mapping[str, str], what: str) -> None:

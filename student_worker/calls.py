@@ -14,22 +14,26 @@ from google.protobuf.message import Message
 
 from protos import teacher_pb2_grpc
 from protos.conformance import check_job_name
-from student_worker.errors import TeacherError, TeacherUnavailable
+from student_worker.errors import NotTrusted, TeacherError, TeacherUnavailable
 from student_worker.status import Retryable, translated
+from student_worker.tls import Tls, fault
 from student_worker.trace import trace_headers
 
 _log = logging.getLogger(__name__)
 _LARGEST_MESSAGE = 2**31 - 1  # the server's Describe states the limit that counts
+_PROBED_SECONDS = 30.0
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=5.0)
 
 
 class Calls:
     """Each call has `timeout` seconds, retries included, at one of the addresses. Thread-safe.
 
-    Raises ValueError for addresses, a job, a token or a timeout that cannot be used.
+    Without `tls` in clear text. Raises ValueError for addresses, a job, a token or a timeout that cannot be used.
     """
 
-    def __init__(self, address: str | Sequence[str], *, job: str, token: str | None, timeout: float) -> None:
+    def __init__(
+        self, address: str | Sequence[str], *, job: str, token: str | None, timeout: float, tls: Tls | None = None
+    ) -> None:
         addresses = address.split(",") if isinstance(address, str) else list(address)
         if not addresses or not all(addresses):
             raise ValueError(f"address: {address!r} names no server; give host:port, or several joined by commas")
@@ -49,7 +53,14 @@ class Calls:
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
         ]
-        self._channels = [grpc.insecure_channel(address, options=options) for address in addresses]
+        self._tls = tls
+        self._channels = [
+            grpc.insecure_channel(address, options=options)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options=options)
+            for address in addresses
+        ]
+        self._probed: dict[str, float] = {}  # when each address was last looked at
         self._stubs = [teacher_pb2_grpc.TeacherStub(channel) for channel in self._channels]
         self._current = 0
         self.closed = threading.Event()
@@ -94,9 +105,19 @@ class Calls:
             raise TeacherUnavailable("this client is closed") from error  # grpc's word for it
         except grpc.RpcError as error:
             ours = translated(cast("grpc.Call", error), self.addresses[at])  # what a stub raises is both
+            if isinstance(ours, Retryable) and not ours.connected:
+                self._check_trust(self.addresses[at])
             if isinstance(ours, Retryable) and self._current == at:
                 self._current = (at + 1) % len(self._stubs)
             raise ours from error
+
+    def _check_trust(self, address: str) -> None:
+        """Raises NotTrusted where no connection came about for want of trust: trying again would not help."""
+        if monotonic() - self._probed.get(address, -math.inf) < _PROBED_SECONDS:
+            return
+        self._probed[address] = monotonic()
+        if (reason := fault(address, self._tls)) is not None:
+            raise NotTrusted(f"{address}: {reason}")
 
 
 def _tell(timeout: float, state: tenacity.RetryCallState) -> None:

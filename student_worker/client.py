@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -24,6 +25,7 @@ from student_worker.calls import Calls
 from student_worker.errors import InvalidQuery, TeacherFailed, TeacherUnavailable, UnknownTeacher
 from student_worker.samples import Samples, count, named_arrays
 from student_worker.threads import DaemonPool
+from student_worker.tls import Tls
 from student_worker.whole import Whole
 
 CacheMode = Literal["use", "read_only", "bypass"]
@@ -58,9 +60,10 @@ class TeacherClient:
     reserved budget are retried: at the next address where there is one, else with jittered backoff and not before the
     server's own hint. The first answer pins the teacher's fingerprint: another one later raises FingerprintChanged.
     `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which must then be the
-    loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares.
-    Thread-safe. What goes wrong with a call is a student_worker.errors.TeacherError; an argument out of its range is a
-    ValueError.
+    loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares. With
+    `tls` the server must show a certificate signed by a CA of this machine, or of `ca_file`; `certificate_file` and
+    `key_file` are for a server that asks for one (PEM; any of them implies `tls`). Thread-safe. What goes wrong with a
+    call is a student_worker.errors.TeacherError; an argument out of its range is a ValueError.
     """
 
     def __init__(
@@ -69,6 +72,10 @@ class TeacherClient:
         *,
         job: str = "default",
         token: str | None = None,
+        tls: bool = False,
+        ca_file: str | Path | None = None,
+        certificate_file: str | Path | None = None,
+        key_file: str | Path | None = None,
         teacher: str = "",
         encoding: Encoding = "float32",
         k: int = 0,
@@ -97,7 +104,9 @@ class TeacherClient:
         self._teacher = teacher
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._namespace = cache_namespace
-        self._call = Calls(address, job=job, token=token, timeout=timeout)
+        files = [None if file is None else Path(file) for file in (ca_file, certificate_file, key_file)]
+        trust = Tls(*files) if tls or any(files) else None
+        self._call = Calls(address, job=job, token=token, timeout=timeout, tls=trust)
         self._lock = threading.Lock()
         self._description: pb.TeacherDescription | None = None
         self._window = threading.BoundedSemaphore(window)

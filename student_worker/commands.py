@@ -94,7 +94,11 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
     return TeacherClient(
         settings.teacher_address,
         job=job,
-        token=settings.token(),
+        token=settings.bearer_token(),
+        tls=settings.tls,
+        ca_file=settings.tls_ca_file,
+        certificate_file=settings.tls_certificate_file,
+        key_file=settings.tls_key_file,
         teacher=settings.teacher_name,
         timeout=settings.teacher_timeout,
         cache_namespace=settings.cache_namespace,

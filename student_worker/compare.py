@@ -5,6 +5,7 @@ import math
 import platform
 import secrets
 import statistics
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from student_worker.config import CompareSettings, Method, TrainSettings
 from student_worker.cost import computation
 from student_worker.data import load
 from student_worker.models import build, flops_per_sample
+from student_worker.tls import Tls
 from student_worker.train import Progress
 
 
@@ -69,14 +71,14 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
         for method in settings.methods:
             name = f"{method}-s{seed}"
             trial = _trial(settings, method, seed, name)
-            before = _counted(settings.metrics_url, trial.job)
+            before = _counted(settings, trial.job)
             progress = run(trial)
             if progress.budget_spent:
                 raise ValueError(
                     f"the teacher's budget was spent in run {trial.job} after {progress.taught} of {progress.of_steps} "
                     f"steps, so there is nothing to compare at equal steps: {progress.budget_spent}"
                 )
-            counted = {name: n - before[name] for name, n in _counted(settings.metrics_url, trial.job).items()}
+            counted = {name: n - before[name] for name, n in _counted(settings, trial.job).items()}
             if counted["asked"] < progress.asked:
                 raise ValueError(
                     f"the server counts {counted['asked']} samples asked by job {trial.job}, which asked "
@@ -199,13 +201,21 @@ def _trial(settings: CompareSettings, method: Method, seed: int, name: str) -> T
     )
 
 
-def _counted(metrics_url: str, job: str) -> dict[str, int]:
+def _counted(settings: CompareSettings, job: str) -> dict[str, int]:
     """The asked, computed and cached samples of a job so far, over all tenants, from the server's own /metrics."""
+    url, file = settings.metrics_url, settings.metrics_token_file
+    token = file.read_text().strip() if file else settings.bearer_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    trust = Tls(settings.tls_ca_file, settings.tls_certificate_file, settings.tls_key_file)
     try:
-        with urllib.request.urlopen(metrics_url, timeout=10) as reply:  # noqa: S310 - the operator's own address
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the operator's own address
+        with urllib.request.urlopen(request, timeout=10, context=trust.context()) as reply:  # noqa: S310
             families = text_string_to_metric_families(reply.read().decode())
     except OSError as error:
-        raise ValueError(f"metrics_url: {metrics_url} cannot be read ({error}); give the teacher's /metrics") from error
+        fix = "give the teacher's /metrics"
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            fix = "give a viewer's token as --metrics-token-file"
+        raise ValueError(f"metrics_url: {url} cannot be read ({error}); {fix}") from error
     counted = dict.fromkeys(("asked", "computed", "cached"), 0)
     for sample in (sample for family in families for sample in family.samples):
         if sample.labels.get("job") == job:

@@ -1,9 +1,9 @@
 """The student's knobs, one model per component. Only `__main__` reads the environment and the command line."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic_settings import CliSuppress
 
 from protos.settings import Settings
@@ -44,13 +44,27 @@ class TeacherConfig(BaseModel, use_attribute_docstrings=True):
     """Which of the teachers served there; empty = the only one."""
     token_file: Path | None = None
     """File that holds this student's token; never the token itself, which a process list would show."""
+    token: CliSuppress[SecretStr | None] = Field(default=None, exclude=True)
+    """The token itself, as STUDENT_TOKEN; where no file is given."""
+    tls: bool = False
+    """Speak TLS, and trust the CAs that this machine knows. Implied by the files below."""
+    tls_ca_file: Path | None = None
+    """CAs (PEM) that the server's certificate must be signed by, instead."""
+    tls_certificate_file: Path | None = None
+    """This student's own certificate (PEM), for a server that asks for one; it is shown beside the token."""
+    tls_key_file: Path | None = None
+    """That certificate's key (PEM)."""
     teacher_timeout: float = Field(default=60.0, gt=0)
     """Seconds that each call of a query may take, retries included."""
     cache_namespace: str = ""
     """Answers are cached under this name and found under it only; empty = the cache that the server shares."""
 
-    def token(self) -> str | None:
-        return self.token_file.read_text().strip() if self.token_file else None
+    never_flags: ClassVar[frozenset[str]] = frozenset({"token"})
+
+    def bearer_token(self) -> str | None:
+        if self.token_file:
+            return self.token_file.read_text().strip()
+        return self.token.get_secret_value().strip() if self.token else None
 
 
 class UnixConfig(BaseModel, use_attribute_docstrings=True):
@@ -135,7 +149,10 @@ class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settin
     seeds: tuple[int, ...] = (0,)
     """Each method is trained once with each, and methods are paired by seed. Joined by commas, as methods are."""
     metrics_url: str = "http://127.0.0.1:8000/metrics"
-    """The teacher's own counters, from which asked and computed samples are read."""
+    """The teacher's own counters, from which asked and computed samples are read. A server with tokens shows them to
+    viewers and admins."""
+    metrics_token_file: Path | None = None
+    """File that holds a viewer's token for --metrics-url; without it the student's own is sent."""
     output: Path = Path("runs/compare")
     """Folder for report.json, plot.png and a folder for each run."""
     overwrite: bool = False

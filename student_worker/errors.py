@@ -6,6 +6,7 @@ TeacherError
 ├── FingerprintChanged      another teacher answers now than the one this run began with
 ├── UnknownTeacher          no teacher of that name is served there
 ├── NotAllowed              no token, a wrong one, or not enough rights
+├── NotTrusted              TLS: the server's certificate is not accepted, or ours is not, or one side speaks none
 ├── BudgetSpent             stop: the budget is used up, or what is left of it is less than the query needs
 ├── NotServed               the server does not know this call, field or value
 ├── TeacherFailed           the teacher's own forward pass failed
@@ -34,6 +35,10 @@ class UnknownTeacher(TeacherError):
 
 
 class NotAllowed(TeacherError):
+    pass
+
+
+class NotTrusted(TeacherError):
     pass
 
 

@@ -35,9 +35,10 @@ _BY_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
 class Retryable(TeacherUnavailable):
     """Worth another try, at this address or the next."""
 
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, *, connected: bool = True) -> None:
+        """`connected`: whether a server said so, and not gRPC since there was none."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.connected = retry_after, connected
 
 
 def translated(error: grpc.Call, address: str) -> TeacherError:
@@ -52,7 +53,8 @@ def translated(error: grpc.Call, address: str) -> TeacherError:
             return Retryable(f"{code.name}: {text}", retry_after)
         return InvalidQuery(text)
     if code in _RETRYABLE:
-        return Retryable(f"{code.name}: {text}", retry_after)
+        connected = bool(reason) or code is not grpc.StatusCode.UNAVAILABLE
+        return Retryable(f"{code.name}: {text}", retry_after, connected=connected)
     return _BY_CODE.get(code, TeacherFailed)(text)
 
 

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, model_validator
 
 from protos.settings import Settings
 
@@ -117,6 +117,8 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     """Largest query; clients split what is larger."""
     max_concurrent_calls: int = Field(default=1024, ge=1)
     """gRPC calls under way at once; more are refused with RESOURCE_EXHAUSTED. One tenant may have half of them."""
+    max_connections: int = Field(default=512, ge=4)
+    """Connections that each of the two ports takes. On the HTTP port one peer address may have a quarter of them."""
     drain_seconds: float = Field(default=30.0, ge=0)
     """After SIGTERM: how long queued queries may take to finish; what is left then is refused and the process exits."""
     tokens_file: Path | None = None
@@ -137,6 +139,25 @@ class TracingConfig(BaseModel, use_attribute_docstrings=True):
     Without it no span is made."""
 
 
+class TlsConfig(BaseModel, use_attribute_docstrings=True):
+    """How both ports are encrypted. Each handshake takes the files as they are."""
+
+    tls_certificate_file: Path | None = None
+    """The server's certificate, with those between it and its CA behind it (PEM). Without it, clear text."""
+    tls_key_file: Path | None = None
+    """The certificate's key (PEM, not encrypted)."""
+    tls_client_ca_file: Path | None = None
+    """CAs (PEM). With it, clients must show a certificate that one of them has signed, beside their token."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_certificate_file and tls_key_file: give both, or neither")
+        if self.tls_client_ca_file and self.tls_certificate_file is None:
+            raise ValueError("tls_client_ca_file: needs --tls-certificate-file and --tls-key-file")
+        return self
+
+
 class ServeSettings(
     ModelConfig,
     EngineConfig,
@@ -145,6 +166,7 @@ class ServeSettings(
     CacheConfig,
     LedgerConfig,
     NetworkConfig,
+    TlsConfig,
     TracingConfig,
     Settings,
     env_prefix="TEACHER_",

@@ -3,17 +3,34 @@
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from teacher_server.access import Ended, log_call
 from teacher_server.auth import Authenticator
 from teacher_server.config import NetworkConfig
 from teacher_server.grpc_calls import SERVICE_NAME, Calls
+from teacher_server.health import SERVICE_NAME as HEALTH_NAME
+from teacher_server.health import Health
 from teacher_server.metrics import Metrics
+from teacher_server.reflection import Reflection
 from teacher_server.service import Service
+from teacher_server.tls import Certificates
 
-_MAX_HEADER_BYTES = 16 * 1024
+_LIMITS = {
+    "grpc.max_metadata_size": 8 * 1024,
+    "grpc.absolute_max_metadata_size": 16 * 1024,
+    "grpc.server_handshake_timeout_ms": 10_000,  # TLS and HTTP/2's first frames
+    "grpc.keepalive_time_ms": 60_000,  # after as long a silence the peer is asked whether it lives,
+    "grpc.keepalive_timeout_ms": 20_000,  # and must say so
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # a peer that pings oftener
+    "grpc.http2.max_ping_strikes": 2,  # is sent away
+    "grpc.max_connection_idle_ms": 300_000,
+    "grpc.max_connection_age_ms": 3_600_000,  # then the client connects anew, and shows its certificate again
+    "grpc.max_connection_age_grace_ms": 300_000,
+    # No compression: gRPC would unpack a message before anybody knows how large it becomes.
+    "grpc.compression_enabled_algorithms_bitset": 1,
+    "grpc.so_reuseport": 0,  # a port that is taken must be an error, not a share of its traffic
+}
 _GRACE_SECONDS = 5.0  # for replies that are on their way, once nothing is computed any more
 
 
@@ -28,28 +45,25 @@ class GrpcApp:
         config: NetworkConfig,
         *,
         max_tenant_bytes: int,
+        certificates: Certificates | None = None,
         on_end: Callable[[Ended], None] = log_call,
     ) -> None:
-        """`max_tenant_bytes`: of messages that one tenant may have under way. `on_end`: called with each call that
-        ended."""
-        self._config = config
+        """`max_tenant_bytes`: of messages that one tenant may have under way. Clear text without `certificates`.
+        `on_end`: called with each call that ended."""
+        self._config, self._certificates = config, certificates
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=config.max_concurrent_calls,
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not a share of its traffic
-                ("grpc.max_concurrent_streams", config.max_concurrent_calls),  # of one connection
-                ("grpc.max_metadata_size", _MAX_HEADER_BYTES),
-                ("grpc.absolute_max_metadata_size", _MAX_HEADER_BYTES),
-                ("grpc.server_handshake_timeout_ms", 10_000),
-                # Who has gone without a word is found out, and who says nothing for long has to connect again.
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.max_connection_idle_ms", 600_000),
+                ("grpc.max_allowed_incoming_connections", config.max_connections),
+                # Of one connection, as of one tenant; a client's further calls wait at its end. Well below that gRPC
+                # refuses at random those of a client that resets its calls faster than they can be cleared away.
+                ("grpc.max_concurrent_streams", max(1, config.max_concurrent_calls // 2)),
+                *_LIMITS.items(),
             ],
         )
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICE_NAME)
         self._calls = Calls(
             service,
             authenticator,
@@ -58,17 +72,19 @@ class GrpcApp:
             max_tenant_bytes=max_tenant_bytes,
             on_end=on_end,
         )
-        self._server.add_generic_rpc_handlers((self._calls.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((self._calls.handler(), self._health.handler()))
+        reflected = Reflection(authenticator, SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._server)
         self.port = 0
 
     async def __aenter__(self) -> "GrpcApp":
-        await self.set_serving(False)
+        address = self._config.address(self._config.grpc_port)
         try:
-            self.port = self._server.add_insecure_port(self._config.address(self._config.grpc_port))
+            if self._certificates is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, self._certificates.for_grpc())
         except RuntimeError as error:
-            address = self._config.address(self._config.grpc_port)
             raise OSError(f"grpc_port: cannot bind {address}; is it taken? give another --grpc-port") from error
         await self._server.start()
         return self
@@ -76,10 +92,8 @@ class GrpcApp:
     async def __aexit__(self, *_: object) -> None:
         await self._server.stop(min(_GRACE_SECONDS, self._config.drain_seconds))
 
-    async def set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, status)
+    def set_serving(self, serving: bool) -> None:
+        self._health.set_serving(serving)
 
     async def idle(self) -> None:
         """Waits until no call of the contract is under way; health and reflection streams do not count."""

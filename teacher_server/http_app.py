@@ -25,11 +25,13 @@ from teacher_server.auth import Authenticator
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
-from teacher_server.http_connections import BoundedConnection
+from teacher_server.http_connections import Connection, Listener, Patience
 from teacher_server.http_guard import Guard
 from teacher_server.metrics import Metrics
+from teacher_server.places import Places
 from teacher_server.service import Service
 from teacher_server.store import StoreUnavailable
+from teacher_server.tls import Certificates
 
 _STATUS = {
     code_pb2.INVALID_ARGUMENT: 400,
@@ -45,6 +47,8 @@ _STATUS = {
 """HTTP's status for google.rpc.Code, as google.api maps them; 500 for the rest."""
 
 _MAX_BODY_BYTES = 64 * 1024
+_MAX_HEADER_BYTES = 16 * 1024
+_HANDSHAKE_SECONDS = 10.0
 
 
 def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, books: Books) -> FastAPI:
@@ -156,36 +160,53 @@ class HttpApp:
         config: NetworkConfig,
         books: Books,
         *,
-        connection: type[BoundedConnection] = BoundedConnection,
+        certificates: Certificates | None = None,
+        patience: Patience = Patience(),  # noqa: B008 - nobody can change it
     ) -> None:
+        """Clear text without `certificates`."""
         # A peer that does not read its reply may not keep the process from ending.
-        options: dict[str, Any] = {
-            "http": connection,
-            "log_config": None,
-            "access_log": False,
-            "server_header": False,
-            "lifespan": "off",
-        }
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+        options |= {"server_header": False, "h11_max_incomplete_event_size": _MAX_HEADER_BYTES}
         self._server = _Uvicorn(
             uvicorn.Config(http_app(service, authenticator, metrics, books), timeout_graceful_shutdown=1, **options)
         )
         self._address = (config.host, config.http_port)
+        self._tls = None if certificates is None else certificates.for_http()
+        self._places = Places(config.max_connections, config.max_connections // 4)
+        self._dropped = lambda reason: metrics.http_dropped.labels(reason).inc()
+        self._patience = patience
         self.port = 0
 
     async def __aenter__(self) -> "HttpApp":
         family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
         try:
-            self._socket = socket.create_server(self._address, family=family)
+            listening = socket.create_server(self._address, family=family)
         except OSError as error:
             raise OSError(f"http_port: cannot bind {self._address[1]} ({error}); give another --http-port") from error
-        self.port = self._socket.getsockname()[1]
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self.port = listening.getsockname()[1]
+        # uvicorn keeps its connections; who gets one is decided here.
+        self._task = asyncio.create_task(self._server.serve(sockets=[]))
+        self._listening = await asyncio.get_running_loop().create_server(
+            self._connection,
+            sock=Listener(listening, self._places, self._dropped),
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else _HANDSHAKE_SECONDS,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._listening.close()
         self._server.should_exit = True
         await self._task
-        self._socket.close()
+
+    def _connection(self) -> Connection:
+        return Connection(
+            config=self._server.config,
+            server_state=self._server.server_state,
+            app_state={},
+            dropped=self._dropped,
+            patience=self._patience,
+        )
 
 
 class _Uvicorn(uvicorn.Server):

@@ -1,55 +1,108 @@
-"""What one HTTP connection may take of us: time for a request, and room among the others."""
+"""HTTP connections: how many, and how long each may take over a request and over reading its reply."""
 
 import asyncio
-from typing import Any, cast
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_MAX_CONNECTIONS = 512
-_MAX_OF_A_PEER = 128  # of one address; many may be behind it
+from teacher_server.places import Places
+
+_REFUSED_AT_ONCE = 100  # before other work of the event loop gets its turn
 
 
-class BoundedConnection(H11Protocol):
-    """Ends a connection that has not read its reply, or not even sent its request, after `REQUEST_SECONDS`.
+@dataclass(frozen=True)
+class Patience:
+    request_seconds: float = 10.0
+    """For a request to arrive whole, from when the connection was made or the last reply sent."""
+    reading_seconds: float = 5.0
+    """In which a reader must take `reading_bytes` of its reply, or all that is left."""
+    reading_bytes: int = 16 * 1024
 
-    uvicorn waits for a peer's bytes for ever, and for it to read ours. What is idle between two requests it closes by
-    itself (timeout_keep_alive).
+
+class Listener(socket.socket):
+    """A listening socket that takes so many connections, and of one address so many; beyond that it closes them.
+
+    Counted from accept to close, so what is still in its TLS handshake counts too.
     """
 
-    REQUEST_SECONDS = 60.0
+    def __init__(self, listening: socket.socket, places: Places, dropped: Callable[[str], object]) -> None:
+        """Takes over the `listening` socket. `dropped` is told why a connection was closed: "full" or "address"."""
+        super().__init__(fileno=listening.detach())
+        self._places, self._dropped = places, dropped
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._end: asyncio.TimerHandle | None = None
-        self._between_requests = False
+    def accept(self) -> tuple[socket.socket, Any]:
+        for _ in range(_REFUSED_AT_ONCE):
+            connection, address = super().accept()
+            if not (lacking := self._places.take(address[0])):
+                return _Accepted(connection, self._places, address[0]), address
+            self._dropped(lacking)
+            connection.close()
+        raise BlockingIOError  # asyncio's word for: no more for now
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+
+class _Accepted(socket.socket):
+    """Gives its place back when it is closed."""
+
+    def __init__(self, connection: socket.socket, places: Places, address: str) -> None:
+        super().__init__(fileno=connection.detach())
+        self._places: Places | None = places
+        self._address = address
+
+    def close(self) -> None:
+        places, self._places = self._places, None
+        if places is not None:
+            places.leave(self._address)
+        super().close()
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for ever for a request's end and for a reader; this one does not."""
+
+    def __init__(self, *, dropped: Callable[[str], object], patience: Patience, **uvicorns: Any) -> None:
+        """`dropped` is told why a connection was cut: "slow_request" or "slow_reader"."""
+        super().__init__(**uvicorns)
+        self._dropped, self._patience = dropped, patience
+        self._unsent, self._resumed = 0, False
+        self._since = 0.0
+        self._watching: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's does
         super().connection_made(transport)
-        others = [cast("H11Protocol", other).client for other in self.connections]
-        of_peer = sum(1 for other in others if other and self.client and other[0] == self.client[0])
-        if len(others) > _MAX_CONNECTIONS or of_peer > _MAX_OF_A_PEER:
-            transport.abort()
-        else:
-            self._begin()
-
-    def data_received(self, data: bytes) -> None:
-        if self._between_requests:
-            self._begin()
-        super().data_received(data)
-
-    def on_response_complete(self) -> None:
-        self._between_requests = True  # until the next request's first byte the time goes on: ours may not be read yet
-        super().on_response_complete()
+        self._since = self.loop.time()
+        self._watch_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         super().connection_lost(exc)
 
-    def _begin(self) -> None:
-        self._cancel()
-        self._between_requests = False
-        self._end = self.loop.call_later(self.REQUEST_SECONDS, self.transport.abort)
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
 
-    def _cancel(self) -> None:
-        if self._end is not None:
-            self._end.cancel()
+    def resume_writing(self) -> None:
+        self._resumed = True
+        super().resume_writing()
+
+    def _watch_on(self) -> None:
+        wait = min(self._patience.reading_seconds, self._patience.request_seconds)
+        self._watching = self.loop.call_later(wait, self._watch)
+
+    def _watch(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        reads = self._resumed or not self._unsent or self._unsent - unsent >= self._patience.reading_bytes
+        whole = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
+        if unsent and not reads:
+            self._cut("slow_reader")
+        elif not whole and not unsent and self.loop.time() - self._since >= self._patience.request_seconds:
+            self._cut("slow_request")
+        else:
+            self._unsent, self._resumed = unsent, False
+            self._watch_on()
+
+    def _cut(self, why: str) -> None:
+        self._dropped(why)
+        self.transport.abort()

@@ -79,6 +79,15 @@ class Metrics:
             ("file",),
             registry=self.registry,
         )
+        self.http_dropped = Counter(
+            "preceptor_http_connections_dropped",
+            "HTTP connections refused since there were too many, in all (full) or of one address (address), or cut "
+            "since a request did not arrive (slow_request) or a reply was not taken (slow_reader).",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in ("full", "address", "slow_request", "slow_reader"):
+            self.http_dropped.labels(reason)
         for reason in ("missing", "unknown", "role"):
             self.authentication_failures.labels(reason)
         for file in ("tokens", "certificates"):

@@ -28,6 +28,7 @@ from teacher_server.postings import Waste
 from teacher_server.queues import Array
 from teacher_server.service import Served, Service
 from teacher_server.store import Store, StoreUnavailable, capacity, open_stores
+from teacher_server.tls import Certificates
 
 _log = logging.getLogger(__name__)
 
@@ -52,16 +53,19 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             f"host: {settings.host} can be reached from outside and there are no tokens; "
             "give --tokens-file, or bind 127.0.0.1"
         )
-    if not is_loopback(settings.host):
-        _log.warning(
-            "tokens and samples travel in clear on %s: put nothing between that may not read them", settings.host
-        )
     metrics = Metrics()
     authenticator = Authenticator.from_file(
         settings.tokens_file,
         failed=lambda reason: metrics.authentication_failures.labels(reason).inc(),
         not_reloaded=metrics.reload_failures.labels("tokens").inc,
     )
+    certificates = Certificates.of(settings, metrics.reload_failures.labels("certificates").inc)
+    if certificates is None and not is_loopback(settings.host):
+        _log.warning(
+            "tokens and samples travel in clear on %s: give --tls-certificate-file and --tls-key-file, or put nothing "
+            "between that may not read them",
+            settings.host,
+        )
     device_lost = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -69,7 +73,9 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         stores = await stack.enter_async_context(open_stores(settings, settings.cache_max_bytes))
         books = Books(stores.ledger)
         service = Service(metrics, books)
-        http = await stack.enter_async_context(HttpApp(service, authenticator, metrics, settings, books))
+        http = await stack.enter_async_context(
+            HttpApp(service, authenticator, metrics, settings, books, certificates=certificates)
+        )
         grpc = await stack.enter_async_context(
             GrpcApp(
                 service,
@@ -77,6 +83,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                 metrics,
                 settings,
                 max_tenant_bytes=settings.max_tenant_queue_bytes,
+                certificates=certificates,
                 on_end=stack.enter_context(watched(settings.otlp_endpoint)),
             )
         )
@@ -115,7 +122,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         flights = await stack.enter_async_context(Flights(batcher, cache, ledger, metrics, description))
         metrics.watch_budgets(ledger.states)
         service.serve(Served(description, batcher, cache, flights, ledger))
-        await grpc.set_serving(True)
+        grpc.set_serving(True)
         try:
             yield RunningServer(description, settings.address(grpc.port), settings.address(http.port), device_lost)
         finally:
@@ -125,7 +132,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             _log.info(
                 "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
             )
-            await grpc.set_serving(False)
+            grpc.set_serving(False)
             with suppress(TimeoutError):
                 await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
             finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))

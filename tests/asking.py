@@ -85,8 +85,10 @@ def get(server, path, **headers):
     return page(server.http_address, path, **headers)
 
 
-def metric(server, name, **labels):
-    families = text_string_to_metric_families(get(server, "/metrics"))
+def metric(server, name, *, token="", **labels):
+    """The sum of a metric's samples with these labels. A server with tokens shows it to a viewer's."""
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    families = text_string_to_metric_families(get(server, "/metrics", **headers))
     return sum(
         sample.value
         for family in families

@@ -1,5 +1,6 @@
 """TeacherClient against real servers: what it sends, what it refuses, when it retries, and its own exceptions."""
 
+import hashlib
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -213,12 +214,12 @@ def test_unknown_teachers_and_wrong_addresses_are_told(server):
 
 
 def test_a_token_that_is_missing_is_not_retried(tmp_path):
-    (tmp_path / "tokens").write_text("")
+    (tmp_path / "tokens").write_text(f"{hashlib.sha256(b'v').hexdigest()} board viewer\n")
     with serving(**arguments(tmp_path), tokens_file=tmp_path / "tokens") as server:
         for token in (None, "wrong"):
             with TeacherClient(server.grpc_address, token=token) as client, pytest.raises(NotAllowed, match="token"):
                 client.describe()
-        assert metric(server, "preceptor_requests_total", call="Describe", code="UNAUTHENTICATED") == 2
+        assert metric(server, "preceptor_requests_total", token="v", call="Describe", code="UNAUTHENTICATED") == 2
 
 
 def test_a_teacher_that_fails_and_one_that_does_not_know_are_told_apart(tmp_path, server):

@@ -10,17 +10,21 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
+import trustme
 from pydantic import SecretStr
 from torch import Tensor, nn
 
 from teacher_server.__main__ import main
 from teacher_server.config import ServeSettings
 from teacher_server.doctor import machine, network, stores
+from teacher_server.doctor.certificates import certificates
 from teacher_server.doctor.examine import examine
 from teacher_server.doctor.findings import Finding
+from tests.certificates import Authority, served_with
 from tests.redis_servers import AOF, running
 from tests.serving import ROOT, Doomed, arguments, free_port, serving
 from tests.spending import a_redis
@@ -62,7 +66,7 @@ def the(level, findings):
 def test_nothing_is_wrong_with_what_can_be_served(tmp_path):
     status, findings = examined(tmp_path)
     assert status == 0
-    checks = "software device teacher description batch messages queues ports access state cache ledger memory"
+    checks = "software device teacher description batch messages queues ports access tls state cache ledger memory"
     assert {*checks.split(), "descriptors"} == {finding.check for finding in findings}
     assert {finding.level for finding in findings if finding.check != "descriptors"} == {"ok"}
     assert not (tmp_path / "state").exists()
@@ -172,11 +176,11 @@ def test_too_few_file_descriptors(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1]))
     try:
-        (found,) = machine.descriptors(settings(tmp_path, max_concurrent_calls=1000))
+        (found,) = machine.descriptors(settings(tmp_path, max_connections=1000))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert (found.level, found.fix.split(" before")[0]) == ("note", "ulimit -n 1640")
-    (found,) = machine.descriptors(settings(tmp_path, max_concurrent_calls=1))
+    assert (found.level, found.fix.split(" before")[0]) == ("note", "ulimit -n 2128")
+    (found,) = machine.descriptors(settings(tmp_path, max_connections=4))
     assert found.level == "ok"
 
 
@@ -321,6 +325,58 @@ def test_tokens(lines, mode, level, said, fix, tmp_path):
 def test_a_tokens_file_that_is_not_there(tmp_path):
     (found,) = network.tokens(settings(tmp_path, tokens_file=tmp_path / "none"))
     assert (found.level, found.said) == ("problem", f"--tokens-file {tmp_path}/none: No such file or directory")
+
+
+def test_certificates_that_hold(tmp_path):
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "students")
+    files = ours.issue("teacher.example")
+    files[1].chmod(0o600)
+    of_server, of_clients = certificates(settings(tmp_path, **served_with(files, theirs.file)))
+    assert (of_server.level, of_clients.level) == ("ok", "ok")
+    assert f"{files[0]}, for teacher.example, until " in of_server.said
+    assert str(theirs.file) in of_clients.said
+
+
+def test_a_certificate_that_has_expired_and_a_key_that_others_may_use(tmp_path):
+    files = Authority(tmp_path, "ours").issue("teacher.example", expired=True)
+    files[1].chmod(0o640)
+    key, expired = certificates(settings(tmp_path, **served_with(files)))
+    assert (key.level, key.fix) == ("problem", f"chmod 600 {files[1]}")
+    assert (expired.level, expired.said) == ("problem", f"{files[0]}: certificate has expired")
+    assert "renew it" in expired.fix
+
+
+def test_a_certificate_that_soon_expires(tmp_path):
+    authority = trustme.CA()
+    soon = datetime.now(UTC) + timedelta(days=5)
+    issued = authority.issue_cert("teacher.example", not_after=soon)
+    files = tmp_path / "soon.pem", tmp_path / "soon.key"
+    issued.cert_chain_pems[0].write_to_path(files[0])
+    issued.private_key_pem.write_to_path(files[1])
+    files[1].chmod(0o600)
+    (found,) = certificates(settings(tmp_path, **served_with(files)))
+    assert found.level == "note"
+    assert f"until {soon:%Y-%m-%d %H:%M} UTC: 5 days" in found.said
+
+
+def test_certificates_that_do_not_fit(tmp_path):
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "others")
+    certificate, key = ours.issue("teacher.example")
+    _, other = theirs.issue("teacher.example")
+    (found,) = certificates(settings(tmp_path, **served_with((certificate, other))))
+    assert found.level == "problem"
+    assert "with its own key" in found.said
+    (found,) = certificates(settings(tmp_path, **served_with((tmp_path / "none.pem", key))))
+    assert (found.level, found.said) == ("problem", f"{tmp_path}/none.pem: No such file or directory")
+    key.chmod(0o600)
+    _, no_ca = certificates(settings(tmp_path, **served_with((certificate, key), certificate)))
+    assert "holds no certificate of a CA" in no_ca.said
+
+
+def test_clear_text_beyond_this_machine(tmp_path):
+    (found,) = certificates(settings(tmp_path, host="0.0.0.0"))
+    assert found.level == "note"
+    assert "--tls-certificate-file" in found.fix
 
 
 def test_a_collector_that_nobody_is(tmp_path):

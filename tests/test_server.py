@@ -49,19 +49,20 @@ def test_a_full_queue_refuses_its_own_job_with_a_hint_and_nobody_else(tmp_path):
 
 def test_one_tenants_calls_leave_room_for_the_others(tmp_path):
     file = tmp_path / "tokens"
-    file.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {t}\n" for t in ("greedy", "modest")))
+    words = {"greedy": "greedy", "modest": "modest", "v": "board viewer"}
+    file.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {who}\n" for t, who in words.items()))
     settings = arguments(tmp_path, "gated") | {"tokens_file": file, "max_concurrent_calls": 8}
     greedy, modest = ([("authorization", f"Bearer {tenant}")] for tenant in ("greedy", "modest"))
     with serving(**settings) as server, stub_at(server.grpc_address) as stub:
         with GATE.shut():
             calls = [stub.Label.future(asking(pixels(1)), metadata=greedy) for _ in range(4)]
-            until(lambda: metric(server, "preceptor_asked_samples_total", tenant="greedy") == 4)
+            until(lambda: metric(server, "preceptor_asked_samples_total", token="v", tenant="greedy") == 4)
             code, details, reason, wait = refusal(stub.Label, asking(pixels(1)), metadata=greedy)
             assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             assert "4 calls under way" in details
             assert wait > 0
             other = stub.Label.future(asking(pixels(1)), metadata=modest)
-            until(lambda: metric(server, "preceptor_asked_samples_total", tenant="modest") == 1)
+            until(lambda: metric(server, "preceptor_asked_samples_total", token="v", tenant="modest") == 1)
         for call in [*calls, other]:
             assert len(call.result(30).sources) == 1
 

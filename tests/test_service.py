@@ -200,13 +200,16 @@ def test_an_error_of_any_length_keeps_its_code(tmp_path):
 
 
 def test_tokens_name_the_tenant_and_without_one_nobody_gets_in(tmp_path):
-    tokens = {hashlib.sha256(token.encode()).hexdigest(): tenant for token, tenant in (("t1", "red"), ("t2", "blue"))}
+    tokens = {
+        hashlib.sha256(token.encode()).hexdigest(): tenant
+        for token, tenant in (("t1", "red"), ("t2", "blue"), ("v", "board viewer"))
+    }
     file = tmp_path / "tokens"
     file.write_text("# who\n" + "".join(f"{digest} {tenant}\n" for digest, tenant in tokens.items()))
     with serving(**arguments(tmp_path), tokens_file=file) as server, stub_at(server.grpc_address) as stub:
         for token, tenant in (("t1", "red"), ("t2", "blue")):
             stub.Label(asking(pixels(3)), metadata=[("authorization", f"Bearer {token}"), ("preceptor-job", "j")])
-            assert metric(server, "preceptor_asked_samples_total", tenant=tenant, job="j") == 3
+            assert metric(server, "preceptor_asked_samples_total", token="v", tenant=tenant, job="j") == 3
         for metadata in ([], [("authorization", "Bearer t3")], [("authorization", "Basic t1")]):
             code, details, *_ = refusal(stub.Label, asking(pixels(1)), metadata=metadata)
             assert code is grpc.StatusCode.UNAUTHENTICATED
@@ -220,7 +223,7 @@ def test_tokens_name_the_tenant_and_without_one_nobody_gets_in(tmp_path):
         )
         with urllib.request.urlopen(page, timeout=10) as reply:
             assert json.load(reply)["teachers"]
-        assert metric(server, "preceptor_requests_total", call="Label", code="UNAUTHENTICATED") == 3
+        assert metric(server, "preceptor_requests_total", token="v", call="Label", code="UNAUTHENTICATED") == 3
 
 
 def test_a_job_name_that_could_break_a_label_is_refused(stub):

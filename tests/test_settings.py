@@ -108,3 +108,28 @@ def test_both_programs_answer_help(program):
         check=True,
     )
     assert "commands:" in done.stdout
+
+
+@pytest.mark.parametrize("given", [["--token", "secret-1"], ["--token=secret-1"]])
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_token_is_no_flag(command, given, capsys):
+    assert run(command, *given) == 2
+    said = capsys.readouterr().err
+    assert "a process list shows every flag, so this is none; set STUDENT_TOKEN, or give --token-file" in said
+    assert "secret-1" not in said
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    assert "--token " not in capsys.readouterr().out
+
+
+def test_a_token_comes_from_the_environment_or_from_a_file_which_wins(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("from-file\n")
+    got = []
+    commands = {"train": (TrainSettings, lambda settings: got.append(settings) or 0)}
+    assert run_command("student-worker", commands, ["train"]) == 0
+    monkeypatch.setenv("STUDENT_TOKEN", "from-environment")
+    assert run_command("student-worker", commands, ["train"]) == 0
+    assert run_command("student-worker", commands, ["train", "--token-file", str(tmp_path / "token")]) == 0
+    assert [settings.bearer_token() for settings in got] == [None, "from-environment", "from-file"]
+    for settings in got:  # as checkpoints and reports keep them
+        assert "from-" not in repr(settings) + str(settings.model_dump(mode="json"))

@@ -100,7 +100,8 @@ TeacherClient(sys.argv[1], job="victim", token="white").label(np.zeros((50, 3, 8
 def test_eight_students_of_whom_three_misbehave(tmp_path):
     """One sends rubbish, one is killed with SIGKILL mid-query, one of a greedy tenant fills its queue."""
     tokens = tmp_path / "tokens"
-    tokens.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {t}\n" for t in ("white", "greedy")))
+    words = {"white": "white", "greedy": "greedy", "v": "board viewer"}
+    tokens.write_text("".join(f"{hashlib.sha256(t.encode()).hexdigest()} {who}\n" for t, who in words.items()))
     settings = arguments(tmp_path, "gated") | {"tokens_file": tokens, "max_tenant_queue_size": 600}
     with serving(**settings) as server:
         with GATE.shut():
@@ -108,9 +109,11 @@ def test_eight_students_of_whom_three_misbehave(tmp_path):
             victim = subprocess.Popen([sys.executable, "-c", VICTIM, address], cwd=ROOT)
             greedy = TeacherClient(address, job="flood", token="greedy", window=40, timeout=2)
             floods = [greedy.submit(pixels(64, seed=i)) for i in range(20)]
-            until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED"))
+            until(
+                lambda: metric(server, "preceptor_requests_total", token="v", call="Label", code="RESOURCE_EXHAUSTED")
+            )
             # Of 50 samples and a first batch of 64, some of the victim's may be with the device already.
-            until(lambda: metric(server, "preceptor_asked_samples_total", job="victim"))
+            until(lambda: metric(server, "preceptor_asked_samples_total", token="v", job="victim"))
             victim.kill()
             assert victim.wait(10) == -9
 
@@ -132,8 +135,8 @@ def test_eight_students_of_whom_three_misbehave(tmp_path):
         for student in students:
             assert student.error is None, f"{student.name}: {student.error!r}"
             assert student.asked == 6 * 48
-            assert metric(server, "preceptor_samples_total", tenant="white", job=student.name) == 6 * 48
+            assert metric(server, "preceptor_samples_total", token="v", tenant="white", job=student.name) == 6 * 48
         for future in floods:  # answered in the end, or given up for lack of room: nothing else
             assert isinstance(future.exception(60), TeacherUnavailable | None)
-        assert metric(server, "preceptor_samples_total", tenant="white", job="rubbish") == 0
+        assert metric(server, "preceptor_samples_total", token="v", tenant="white", job="rubbish") == 0
         greedy.close()

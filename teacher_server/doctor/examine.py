@@ -20,7 +20,7 @@ def _findings(settings: ServeSettings) -> Iterator[Finding]:
         yield finding
     if incomplete:  # what comes next needs it
         return
-    from teacher_server.doctor import network, stores, teacher  # noqa: PLC0415
+    from teacher_server.doctor import certificates, network, stores, teacher  # noqa: PLC0415
 
     yield from machine.device(settings)
     served, findings = teacher.loaded(settings)
@@ -35,6 +35,7 @@ def _findings(settings: ServeSettings) -> Iterator[Finding]:
     yield from network.ports(settings)
     yield from network.reach(settings)
     yield from network.tokens(settings)
+    yield from certificates.certificates(settings)
     yield from network.collector(settings)
     yield from stores.checked(settings)
     yield from machine.memory(settings, weights_bytes)

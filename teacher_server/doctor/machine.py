@@ -13,7 +13,6 @@ from teacher_server.doctor.findings import Finding, note, ok, problem
 _SERVER = ("torch", "grpcio", "protobuf", "numpy", "safetensors", "redis", "fastapi", "uvicorn", "python-json-logger")
 _TRACING = ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc")
 _OTHER_DESCRIPTORS = 128  # Redis, journal, logs, libraries
-_HTTP_CONNECTIONS = 512  # the most that are taken (http_connections.py)
 _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 _SHARE_OF_MEMORY = 0.8
 
@@ -84,17 +83,16 @@ def _cuda(settings: ServeSettings, build: str) -> Iterator[Finding]:
 
 
 def descriptors(settings: ServeSettings) -> Iterator[Finding]:
-    """Every call may come on a connection of its own."""
+    """Both ports take so many connections."""
     limit, hardest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.max_concurrent_calls + _HTTP_CONNECTIONS + _OTHER_DESCRIPTORS
+    wanted = 2 * settings.max_connections + _OTHER_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and limit < wanted:
         enough = hardest == resource.RLIM_INFINITY or hardest >= wanted
         yield note(
             "descriptors",
-            f"{limit} file descriptors for up to {settings.max_concurrent_calls} calls and {_HTTP_CONNECTIONS} HTTP "
-            "connections",
+            f"{limit} file descriptors for up to {settings.max_connections} connections on each of two ports",
             f"{f'ulimit -n {wanted}' if enough else f'raise the hard limit to {wanted}'} before the start "
-            "(LimitNOFILE= in systemd), or lower --max-concurrent-calls",
+            "(LimitNOFILE= in systemd), or lower --max-connections",
         )
     else:
         many = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit}"
