@@ -115,7 +115,7 @@ class Calls:
             code = code_pb2.INTERNAL
             raise
         finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
-            self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
+            self._metrics.request(name, code_pb2.Code.Name(code))
         if refused is not None:
             await context.abort_with_status(rpc_status.to_status(refused))
         return reply

@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from google.protobuf import json_format
 from google.rpc import code_pb2
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
@@ -24,7 +23,7 @@ from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
-from teacher_server.metrics import Metrics
+from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_server.service import Service
 from teacher_server.store import StoreUnavailable
 
@@ -67,7 +66,7 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
 
     @app.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def prometheus() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get(
         "/v1/teacher", summary="The teachers served, as the Describe call gives them", dependencies=[Depends(caller)]

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
+from teacher_server import gauges
 from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator
 from teacher_server.batcher import Batcher
@@ -64,6 +65,8 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         stores = await stack.enter_async_context(open_stores(settings, settings.cache_max_bytes))
         books = Books(stores.ledger)
         service = Service(metrics, books)
+        metrics.watch(gauges.readiness(lambda: service.not_ready))
+        metrics.watch(gauges.stores(stores))
         http = await stack.enter_async_context(HttpApp(service, authenticator, metrics, settings, books))
         grpc = await stack.enter_async_context(
             GrpcApp(service, authenticator, metrics, settings, max_tenant_bytes=settings.max_tenant_queue_bytes)
@@ -77,10 +80,18 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         teacher = await asyncio.to_thread(load, settings, settings)
         description = teacher.description
         description.limits.CopyFrom(_limits(settings))
-        engine = Engine(teacher.module, description, settings, settings.max_batch_size)
-        ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description))
+        engine = Engine(
+            teacher.module,
+            description,
+            settings,
+            settings.max_batch_size,
+            on_out_of_memory=metrics.device_errors.labels("out_of_memory").inc,
+        )
+        metrics.watch(gauges.teacher(description, settings, engine))
+        ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description, metrics))
         books.post = ledger.post
-        await _warm_up(engine, ledger, settings)
+        metrics.watch(gauges.budgets(ledger.states))
+        await _warm_up(engine, ledger, metrics, settings)
         cache = await stack.enter_async_context(
             AnswerCache(
                 stores.cache,
@@ -101,7 +112,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             )
         )
         flights = await stack.enter_async_context(Flights(batcher, cache, ledger, metrics, description))
-        metrics.watch_budgets(ledger.states)
+        metrics.watch(gauges.queue(batcher, metrics))
         service.serve(Served(description, batcher, cache, flights, ledger))
         await grpc.set_serving(True)
         try:
@@ -131,7 +142,9 @@ def _limits(settings: ServeSettings) -> pb.Limits:
 
 
 @asynccontextmanager
-async def _ledger(store: Store, settings: ServeSettings, teacher: pb.TeacherDescription) -> AsyncIterator[Ledger]:
+async def _ledger(
+    store: Store, settings: ServeSettings, teacher: pb.TeacherDescription, metrics: Metrics
+) -> AsyncIterator[Ledger]:
     who = f"serve:{socket.gethostname()}"
     try:
         ledger = Ledger(store, settings, settings.state_directory / "journal", teacher, who=who)
@@ -141,12 +154,13 @@ async def _ledger(store: Store, settings: ServeSettings, teacher: pb.TeacherDesc
     try:
         # The forward pass that measured its FLOPs, before anybody could note that it began.
         ledger.book(ledger.forwarding(1), [], [Waste("own/load", 1, 0)])
+        metrics.platform.labels("own", "load").inc()
         yield ledger
     finally:
         await ledger.__aexit__()
 
 
-async def _warm_up(engine: Engine, ledger: Ledger, settings: ServeSettings) -> None:
+async def _warm_up(engine: Engine, ledger: Ledger, metrics: Metrics, settings: ServeSettings) -> None:
     """What it forwards is our own. Raises ModelError."""
     passes = []
 
@@ -165,6 +179,7 @@ async def _warm_up(engine: Engine, ledger: Ledger, settings: ServeSettings) -> N
     finally:
         for number, samples, nanoseconds in passes:
             ledger.book(number, [], [Waste("own/warm-up", samples, nanoseconds)])
+            metrics.platform.labels("own", "warm-up").inc(samples)
 
 
 async def serve(settings: ServeSettings) -> int:
