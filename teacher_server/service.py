@@ -13,7 +13,7 @@ from protos import teacher_pb2 as pb
 from protos.keys import sample_keys
 from protos.wire import MalformedMessage, encode_answers
 from teacher_server import accounts
-from teacher_server.admission import Admitted, admit, admit_lookup, check_envelope
+from teacher_server.admission import Admitted, admit, admit_lookup, check_fields, claimed_bytes
 from teacher_server.auth import Caller
 from teacher_server.batcher import Batcher
 from teacher_server.cache import SAMPLE_BYTES, AnswerCache, Logits, beside_the_loop
@@ -84,7 +84,7 @@ class Service:
         self.not_ready = why
 
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
-        check_envelope(request)
+        check_fields(request)
         if not self._teachers:
             raise Draining(f"this replica describes no teacher yet ({self.not_ready}); ask again, or another one")
         teachers = [self._teacher(request.teacher)] if request.teacher else self._teachers.values()
@@ -114,7 +114,8 @@ class Service:
 
     async def _label(self, request: pb.LabelRequest, caller: Caller, deadline: float | None) -> pb.LabelResponse:
         self._check_ready()
-        size = check_envelope(request)
+        check_fields(request)
+        size = claimed_bytes(request)
         teacher = self._teacher(request.teacher)
         samples = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0  # as it says
         asked = await beside_the_loop(size + samples * SAMPLE_BYTES, _look_through, request, teacher.description)
@@ -126,7 +127,7 @@ class Service:
     async def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
         """Which answers are cached; of none, no answers are in the reply."""
         self._check_ready()
-        check_envelope(request)
+        check_fields(request)
         teacher = self._teacher(request.teacher)
         keys, specs = admit_lookup(request, teacher.description)
         cached = teacher.cache.keys(caller, request.cache_namespace, keys)
@@ -146,7 +147,7 @@ class Service:
 
     async def spend(self, request: pb.SpendRequest, caller: Caller) -> pb.SpendResponse:
         """The ledger of the caller's tenant, this replica's own last queries included."""
-        check_envelope(request)
+        check_fields(request)
         return await self._accounts.spend(caller, request)
 
     def _teacher(self, name: str) -> Served:
