@@ -4,7 +4,6 @@ Each function gives a `Read` for `Metrics.watch`. docs/metrics.md lists what the
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
@@ -14,23 +13,9 @@ from teacher_server.batcher import Batcher
 from teacher_server.budgets import State
 from teacher_server.config import ServeSettings
 from teacher_server.engine import Engine
+from teacher_server.ledger import LedgerState
 from teacher_server.metrics import Metrics, Read
-from teacher_server.script import today
 from teacher_server.store import Stores
-
-
-class LedgerState(NamedTuple):
-    """Of one replica's ledger, since its process began."""
-
-    epoch: str
-    forwarded: int
-    """Samples of forward passes that have begun."""
-    taken: int
-    """Of these, samples that Redis said it has booked."""
-    pending: int
-    """Samples booked here and not known to be booked there."""
-    pending_seconds: float
-    """For how long the oldest record has been waiting for Redis; 0 where none does."""
 
 
 def readiness(not_ready: Callable[[], str | None]) -> Read:
@@ -98,8 +83,7 @@ def queue(batcher: Batcher, metrics: Metrics) -> Read:
 
 
 def budgets(states: Callable[[], Iterable[State]]) -> Read:
-    """Of the budgets that were drawn on here, as last heard from the ledger. Those of a day or month that is over say
-    nothing of the present one, and are left out until they are drawn on."""
+    """Of the budgets that were drawn on here, as last heard from the ledger. Their number is what an admin has set."""
 
     def read() -> Iterable[Metric]:
         labels = ("tenant", "job", "unit", "period")
@@ -111,13 +95,11 @@ def budgets(states: Callable[[], Iterable[State]]) -> Read:
         limit = GaugeMetricFamily(
             "preceptor_budget_limit", "What the budget is in all, as preceptor_budget_left counts it.", labels=labels
         )
-        day = today()
         for state in states():
-            if state["instance"] == "total" or day.startswith(state["instance"]):
-                label = tuple(str(state[name]) for name in labels)
-                unit = 1 if state["unit"] == "samples" else 1e9
-                left.add_metric(label, max(0, state["limit"] - state["spent"]) / unit)
-                limit.add_metric(label, state["limit"] / unit)
+            label = tuple(str(state[name]) for name in labels)
+            unit = 1 if state["unit"] == "samples" else 1e9
+            left.add_metric(label, max(0, state["limit"] - state["spent"]) / unit)
+            limit.add_metric(label, state["limit"] / unit)
         yield left
         yield limit
 
@@ -125,29 +107,44 @@ def budgets(states: Callable[[], Iterable[State]]) -> Read:
 
 
 def ledger(state: Callable[[], LedgerState]) -> Read:
-    """Own counter and the ledger's own, read at one moment: what went forward a minute ago and is not in the ledger by
-    now has been lost on the way. Both begin anew with each process, and say so in a label."""
+    """This replica's own counts and the ledger's, of one moment: forwarded = in the ledger + pending, or some are lost.
+
+    They begin anew with each process, whose epoch is a label, so that no two processes' are compared.
+    """
 
     def read() -> Iterable[Metric]:
         now = state()
-        forwarded = CounterMetricFamily(
-            "preceptor_forwarded_samples",
-            "Samples of forward passes that began, whoever paid. Padding is no sample.",
-            labels=("epoch",),
-        )
-        forwarded.add_metric((now.epoch,), now.forwarded)
-        yield forwarded
-        taken = GaugeMetricFamily(
-            "preceptor_ledger_forwarded_samples",
-            "Samples that the ledger has booked as forwarded by this process, as it says itself.",
-            labels=("epoch",),
-        )
-        taken.add_metric((now.epoch,), now.taken)
-        yield taken
-        yield _gauge("ledger_pending_samples", "Samples booked here that the ledger's Redis has not yet.", now.pending)
+        for family, value in (
+            (
+                CounterMetricFamily(
+                    "preceptor_forwarded_samples",
+                    "Samples of forward passes that began, whoever paid. Padding is no sample.",
+                    labels=("epoch",),
+                ),
+                now.forwarded,
+            ),
+            (
+                GaugeMetricFamily(
+                    "preceptor_ledger_forwarded_samples",
+                    "Samples forwarded by this process that the ledger has booked, as it says itself.",
+                    labels=("epoch",),
+                ),
+                now.taken,
+            ),
+            (
+                GaugeMetricFamily(
+                    "preceptor_ledger_pending_samples",
+                    "Samples under way, or booked here and not known to be in the ledger yet.",
+                    labels=("epoch",),
+                ),
+                now.pending,
+            ),
+        ):
+            family.add_metric((now.epoch,), value)
+            yield family
         yield _gauge(
             "ledger_pending_seconds",
-            "Since when the oldest record here has been waiting for the ledger's Redis; 0 where none does.",
+            "For how long the oldest record here has been waiting for the ledger; 0 where none does.",
             now.pending_seconds,
         )
 

@@ -91,6 +91,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description, metrics))
         books.post = ledger.post
         metrics.watch(gauges.budgets(ledger.states))
+        metrics.watch(gauges.ledger(ledger.state))
         await _warm_up(engine, ledger, metrics, settings)
         cache = await stack.enter_async_context(
             AnswerCache(
