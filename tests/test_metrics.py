@@ -17,16 +17,10 @@ from teacher_server.auth import Caller
 from teacher_server.errors import DeviceLost, ForwardFailed
 from teacher_server.metrics import MAX_JOBS, Metrics
 from tests.asking import asking, get, metric, pixels, put, refusal, stub_at
+from tests.batching import Clock
 from tests.serving import GATE, ROOT, arguments, serving, until
 
 TEACHER = pb.TeacherDescription(flops_per_sample=1e6, price=pb.Price(nanos_per_sample=2000, currency="EUR"))
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 def value(metrics, name, **labels):
