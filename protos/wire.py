@@ -58,10 +58,15 @@ def refuse_unknown_fields(message: Message) -> None:
     if len(unknown):
         number = unknown[0].field_number
         raise UnknownValue(f"{message.DESCRIPTOR.name}: field number {number} is not known here; ask a newer server")
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_MESSAGE:
-            for part in [value] if isinstance(value, Message) else value:
+    for field in message.DESCRIPTOR.fields:  # ListFields would copy the tensors' bytes
+        if field.message_type is None:
+            continue
+        value = getattr(message, field.name)
+        if not isinstance(value, Message):
+            for part in value:
                 refuse_unknown_fields(part)
+        elif message.HasField(field.name):
+            refuse_unknown_fields(value)
 
 
 # ---------------------------------------------------------------- tensors

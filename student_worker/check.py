@@ -7,7 +7,7 @@ import torch
 
 from student_worker.client import TeacherClient
 from student_worker.data import UNLABELLED, Dataset, Labels, Pixels, epoch_order
-from student_worker.errors import TeacherMisunderstands
+from student_worker.errors import TeacherError, TeacherMisunderstands
 from student_worker.understanding import Understanding, binomial_tail
 
 _BY_LUCK = 1e-3  # below this chance of guessing as many right, the teacher is said to understand
@@ -49,7 +49,11 @@ def check(teacher: TeacherClient, data: Dataset, labels: Labels, samples: int) -
     try:
         understanding.verify()
     except TeacherMisunderstands as error:
-        raise TeacherMisunderstands(f"{error}{_better_variant(teacher, x, y, top1)}") from None
+        try:
+            culprit = _better_variant(teacher, x, y, top1)
+        except TeacherError:  # such as a budget that is spent now: what was found out is so all the same
+            culprit = ""
+        raise TeacherMisunderstands(f"{error}{culprit}") from None
     declared = f"; it declares {output.top1:.1%}" if output.top1 else ""
     chance = max(1 / data.classes, float(np.bincount(y).max()) / len(y))
     hits = int((predicted == y).sum())

@@ -53,13 +53,14 @@ class _How:
 class TeacherClient:
     """A teacher at one address or several ("a:8001,b:8001"), asked on behalf of one job.
 
-    A query is sent in parts of a few of the server's batches, at most `window` parts are in flight, and each call has
-    `timeout` seconds, retries included. UNAVAILABLE, a full queue and others' reserved budget are retried: at the next
-    address where there is one, else with jittered backoff and not before the server's own hint. The first answer pins
-    the teacher's fingerprint: another one later raises FingerprintChanged. `encoding="top_k"` asks for the `k` largest
-    logits and the tail's mass at `temperature`, which must then be the loss's. Answers are cached, and found, under
-    `cache_namespace`; empty is the cache that the server shares. Thread-safe. What goes wrong with a call is a
-    student_worker.errors.TeacherError; an argument out of its range is a ValueError.
+    A query is sent in parts of a few of the server's batches, each charged, or refused, by itself. At most `window`
+    parts are in flight, and each call has `timeout` seconds, retries included. UNAVAILABLE, a full queue and others'
+    reserved budget are retried: at the next address where there is one, else with jittered backoff and not before the
+    server's own hint. The first answer pins the teacher's fingerprint: another one later raises FingerprintChanged.
+    `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which must then be the
+    loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares.
+    Thread-safe. What goes wrong with a call is a student_worker.errors.TeacherError; an argument out of its range is a
+    ValueError.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
+from pydantic_settings import CliSuppress
 
 from protos.settings import Settings
 
@@ -141,6 +142,9 @@ class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settin
     """Remove other runs' checkpoints and event files from the output folder first."""
     job: str = "compare"
     """Prefix of the runs' names at the teacher."""
+    on_budget_spent: CliSuppress[Literal["stop", "hard-labels"]] = "stop"
+    """Not to choose here, as cache_namespace: the help does not offer what is refused."""
+    cache_namespace: CliSuppress[str] = ""
 
     @field_validator("on_budget_spent")
     @classmethod

@@ -6,7 +6,7 @@ TeacherError
 ├── FingerprintChanged      another teacher answers now than the one this run began with
 ├── UnknownTeacher          no teacher of that name is served there
 ├── NotAllowed              no token, a wrong one, or not enough rights
-├── BudgetSpent             stop: the budget is used up
+├── BudgetSpent             stop: the budget is used up, or what is left of it is less than the query needs
 ├── NotServed               the server does not know this call, field or value
 ├── TeacherFailed           the teacher's own forward pass failed
 └── TeacherUnavailable      no server answered in time, or all refused to take more; retries are used up

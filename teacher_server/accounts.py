@@ -28,6 +28,7 @@ COLUMNS = ("asked", "computed", "cached", "coalesced", "device_nanoseconds", "mo
 """What the ledger counts; FLOPs follow from the computed samples and their teacher."""
 _FIRST_DAY, _LAST_DAY = "0001-01-01", "9999-12-31"
 _ATTEMPTS = 3
+_VALUES_AT_ONCE = 20_000  # some ten milliseconds of Redis
 _Line = tuple[str, str, str, str, str, str]  # tenant, job, day, fingerprint, price, currency
 
 
@@ -202,8 +203,19 @@ async def _lines_by_day(store: Store, tenant: str, since: str, until: str) -> li
 
 
 async def restore(store: Store, keys: list[list[Any]], who: str) -> None:
-    """Puts a whole snapshot's `keys` into an empty ledger. Raises InvalidQuery where it is not empty."""
-    if not await run(store, "restore", keys=keys, who=who):
+    """Puts a whole snapshot's `keys` into an empty ledger. Raises InvalidQuery where it is not empty.
+
+    The lines, which may be of years, are brought there first, in parts, and all of it takes effect in one step.
+    """
+    lines = [key for key in keys if key[0].startswith("lines:") and key[2]]
+    part: list[list[Any]] = []
+    for key in lines:
+        part.append(key)
+        if key is lines[-1] or sum(len(values) for _, _, values in part) >= _VALUES_AT_ONCE:
+            await run(store, "stage", keys=part)
+            part = []
+    rest = [key for key in keys if not key[0].startswith("lines:")]
+    if not await run(store, "restore", staged=[name for name, _, _ in lines], keys=rest, who=who):
         raise InvalidQuery(
             "the ledger is not empty: restore into a new one that no server has used yet, lest spend be counted twice"
         )

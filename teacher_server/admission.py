@@ -1,5 +1,6 @@
 """What a query must be before anything is queued for it; every refusal names the thing, the value and the fix."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,13 +16,13 @@ from protos.wire import (
     answers_bytes,
     check_spec,
     decode_inputs,
+    dtype_of,
     refuse_unknown_fields,
 )
 from teacher_server.errors import InvalidQuery, NotImplementedHere, OtherFingerprint
 
 # All of a request but its tensors' bytes: names, shapes, specs. It bounds the work of looking through them.
 _MAX_ENVELOPE_BYTES = 16 * 1024
-_MAX_UNPARSED_BYTES = 256 * 1024
 _MAX_LOOKUP_BYTES = 2 * 2**20  # far more keys than one lookup may have
 _MAX_INPUTS = 16
 _MAX_OUTPUTS = 4
@@ -47,15 +48,18 @@ class AdmittedLookup(NamedTuple):
 def check_message(kind: type[Request], message: bytes) -> None:
     """Bounds what parsing may make of a message that is not parsed yet: two bytes of it can become seventy in memory.
 
-    What passes is looked through by `check_envelope` once it is parsed. Raises InvalidQuery.
+    Raises InvalidQuery for more names, shapes and the like than the envelope of a request may have.
     """
-    most = _MAX_LOOKUP_BYTES if kind is pb.LookupRequest else _MAX_UNPARSED_BYTES
+    most = _MAX_LOOKUP_BYTES if kind is pb.LookupRequest else _MAX_ENVELOPE_BYTES
     try:
         size = _envelope_bytes(message, most) if kind is pb.LabelRequest else len(message)
     except (IndexError, ValueError) as error:
         raise InvalidQuery(f"{kind.DESCRIPTOR.name}: this is no such message ({error})") from error
     if size > most:
-        raise InvalidQuery(f"{kind.DESCRIPTOR.name}: more than {most} bytes beside the tensors' data")
+        raise InvalidQuery(
+            f"{kind.DESCRIPTOR.name}: more than {most} bytes of names, shapes and the like, the most that there may be "
+            "beside the tensors' data"
+        )
 
 
 def _envelope_bytes(message: bytes, most: int) -> int:
@@ -107,27 +111,20 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             raise ValueError("a number of more than ten bytes")
 
 
-def check_envelope(request: Request) -> int:
-    """Returns the bytes of the tensors' data or of the keys; the rest of the request is small, and known here.
-
-    Raises InvalidQuery for an oversize envelope, NotImplementedHere for an unknown field.
-    """
+def check_fields(request: Request) -> None:
+    """Raises NotImplementedHere for a field that is not known here, InvalidQuery for too many tensors."""
     if isinstance(request, pb.LabelRequest) and len(request.inputs) > _MAX_INPUTS:
         raise InvalidQuery(f"inputs: {len(request.inputs)} tensors; a query has at most {_MAX_INPUTS}")
-    content = 0
-    if isinstance(request, pb.LabelRequest):
-        content = sum(len(tensor.data) for tensor in request.inputs)
-    elif isinstance(request, pb.LookupRequest):
-        content = sum(2 + len(key) for key in request.keys)  # with the bytes that go before each
-    size = request.ByteSize() - content
-    if size > _MAX_ENVELOPE_BYTES:
-        raise InvalidQuery(
-            f"{request.DESCRIPTOR.name}: {size} bytes of names, shapes and the like; "
-            f"at most {_MAX_ENVELOPE_BYTES} beside the tensors' data"
-        )
     with _refusals():
         refuse_unknown_fields(request)
-    return content
+
+
+def claimed_bytes(request: pb.LabelRequest) -> int:
+    """What the tensors' shapes say that their data take; asking for the data themselves would copy them."""
+    with _refusals():
+        return sum(
+            math.prod(tensor.shape) * dtype_of(tensor.dtype, "inputs.dtype").itemsize for tensor in request.inputs
+        )
 
 
 def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admitted:

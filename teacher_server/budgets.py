@@ -25,6 +25,11 @@ LARGEST_LIMIT = 2**53 - 1  # what Lua counts exactly
 _RETRY_SECONDS = 0.2  # what others hold is spent or given back about as fast
 
 
+def as_state(described: dict[str, str]) -> State:
+    """Of what ledger.lua says of a budget."""
+    return {**described, **{count: int(described[count]) for count in ("limit", "spent", "held")}}
+
+
 def budget_message(state: State, unsettled: int = 0) -> pb.Budget:
     """`unsettled`, in the budget's unit, is spent beyond what the state says."""
     budget = pb.Budget(
@@ -32,8 +37,8 @@ def budget_message(state: State, unsettled: int = 0) -> pb.Budget:
         name=state["job"] or state["tenant"],
         unit=UNITS[state["unit"]],
         period=PERIODS[state["period"]],
-        limit=int(state["limit"]),
-        left=max(0, int(state["limit"] - state["spent"]) - unsettled),
+        limit=state["limit"],
+        left=max(0, state["limit"] - state["spent"] - unsettled),
     )
     if (end := period_end(state["instance"])) is not None:
         budget.until.FromDatetime(end)
@@ -45,9 +50,9 @@ def one_of(states: Iterable[State], job: str, unit: Unit, period: Period) -> Sta
     return next((s for s in states if (s["job"], s["unit"], s["period"]) == (job, unit, period)), None)
 
 
-def money_text(nanos: float) -> str:
+def money_text(nanos: int) -> str:
     """1e-9 of a currency as a decimal number of it, "12.5"."""
-    text = f"{nanos / 1e9:.9f}".rstrip("0")
+    text = f"{nanos // 10**9}.{nanos % 10**9:09}".rstrip("0")
     return text + "00" if text.endswith(".") else text
 
 
@@ -66,8 +71,8 @@ def refusal(reason: str, state: State, samples: int, price: pb.Price) -> BudgetS
     money = state["unit"] == "money"
     needed = samples * (price.nanos_per_sample if money else 1)
 
-    def amount(units: float) -> str:
-        return f"{money_text(units)} {price.currency}" if money else f"{units:.0f} samples"
+    def amount(units: int) -> str:
+        return f"{money_text(units)} {price.currency}" if money else f"{units} samples"
 
     job = f"job {state['job']!r} of " if state["job"] else ""
     during = "in all" if state["period"] == "total" else f"in {state['instance']} (UTC)"
@@ -109,7 +114,9 @@ async def budget_states(store: Store, tenant: str = "") -> list[State]:
         )
     )
     states = {
-        (state["tenant"], state["job"], state["unit"], state["period"]): state for reply in replies for state in reply
+        (state["tenant"], state["job"], state["unit"], state["period"]): state
+        for reply in replies
+        for state in map(as_state, reply)
     }
     return [states[key] for key in sorted(states)]
 

@@ -36,8 +36,9 @@ _Result = TypeVar("_Result")
 _VERSION = b"\x01"
 _CHECKSUM_BYTES = 8
 _ENTRY_OVERHEAD_BYTES = 80  # what Valkey 9 takes beside key and value: 69 at 10 classes, 81 at 100
-_REPLY_BYTES = 8 * 2**20  # of one MGET, so that others' commands get their turn
-_WRITE_BYTES = 2**20  # of one script, for the same reason
+# Of one MGET or script: others' commands get their turn, and replies not yet read take room from the entries (Redis
+# counts both against maxmemory).
+_PIECE_BYTES = 2**20
 _BACKLOG_BYTES = 64 * 2**20
 _MAX_ACCOUNTS = 10_000
 # Looking through this many bytes takes about as long as handing the work to a thread does; and looking at one sample,
@@ -93,6 +94,7 @@ class AnswerCache:
         self._value_bytes = len(_VERSION) + 4 * classes + _CHECKSUM_BYTES
         self._accounts: OrderedDict[Caller, tuple[float, float]] = OrderedDict()  # unread bytes, at what time
         self._backlog = 0
+        self._refusals: dict[str, str] = {}  # the last ones, as they were logged
         self._writing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -117,10 +119,11 @@ class AnswerCache:
     async def get(self, keys: Sequence[bytes]) -> Found:
         """What there is under keys of `keys`'; never raises for want of Redis."""
         try:
-            at_once = max(1, _REPLY_BYTES // self._value_bytes)
+            at_once = max(1, _PIECE_BYTES // self._value_bytes)
             values: list[bytes | None] = []
             for start in range(0, len(keys), at_once):
                 values += await self._store.command("MGET", *keys[start : start + at_once])
+            self._refusals.pop("read", None)
         except (StoreUnavailable, ResponseError) as error:
             self._failed("read", len(keys), error)
             values = [None] * len(keys)
@@ -206,12 +209,13 @@ class AnswerCache:
         lost = 0
         try:
             parts = await beside_the_loop(len(keys) * (SAMPLE_BYTES + entry), self._encode, keys, logits)
-            at_once = 2 * max(1, _WRITE_BYTES // entry)
+            at_once = 2 * max(1, _PIECE_BYTES // entry)
             how, seconds = "" if overwrite else "NX", self._config.cache_ttl_seconds
             for start in range(0, len(parts), at_once):
                 some = parts[start : start + at_once]
                 try:
                     refused = await self._store.script(_WRITE, how, seconds, *some)
+                    self._refusals.pop("written", None)
                     self._metrics.duplicates.inc(refused)
                     lost += refused
                 except (StoreUnavailable, ResponseError) as error:
@@ -227,7 +231,9 @@ class AnswerCache:
             self._metrics.cache_errors.labels("unavailable").inc(samples)
         else:
             self._metrics.cache_errors.labels("refused").inc(samples)
-            _log.warning("%d answers could not be %s: %s", samples, what, error)
+            if self._refusals.get(what) != str(error):  # a full Redis refuses every query's
+                self._refusals[what] = str(error)
+                _log.warning("answers cannot be %s: %s", what, error)
 
     # ------------------------------------------------------------ shares
 

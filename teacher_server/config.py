@@ -79,9 +79,9 @@ class StoreConfig(BaseModel, use_attribute_docstrings=True):
 class CacheConfig(BaseModel, use_attribute_docstrings=True):
     """Which answers are kept, and how long."""
 
-    cache_max_bytes: int = Field(default=2**30, ge=2**20)
-    """Memory of the embedded cache. Beyond it the answers asked for least recently go (a given Redis has its own
-    maxmemory)."""
+    cache_max_bytes: int = Field(default=2**30, ge=2**22)
+    """Memory of the embedded cache, of which Valkey itself takes 1 MiB. Beyond it the answers asked for least recently
+    go (a given Redis has its own maxmemory)."""
     cache_ttl_seconds: int = Field(default=7 * 86400, ge=1)
     """How long an answer is kept, counted from when it was computed."""
     cache_job_share: float = Field(default=0.25, gt=0, le=1)

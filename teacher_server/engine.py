@@ -112,28 +112,33 @@ class Engine:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16),
                 torch.cuda.stream(self._stream),
             ):
-                try:
-                    return {"logits": self._in_passes(inputs)}
-                except torch.OutOfMemoryError as error:
-                    _log.warning("out of device memory, batches of %d from here on: %s", self.largest_batch, error)
-                # Outside the handler, whose traceback keeps the failed pass's tensors alive.
-                if self._stream is not None:
-                    torch.cuda.empty_cache()
-                return {"logits": self._in_passes(inputs)}
+                answers: list[NDArray[np.generic]] = []
+                for last in (False, True):
+                    try:
+                        self._in_passes(inputs, answers)
+                        break
+                    except torch.OutOfMemoryError as error:
+                        if last:
+                            raise
+                        _log.warning("out of device memory, batches of %d from here on: %s", self.largest_batch, error)
+                    # Outside the handler, whose traceback keeps the failed pass's tensors alive.
+                    if self._stream is not None:
+                        torch.cuda.empty_cache()
+                return {"logits": answers[0] if len(answers) == 1 else np.concatenate(answers)}
         finally:
             self.busy_nanoseconds += time.perf_counter_ns() - started
 
-    def _in_passes(self, inputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+    def _in_passes(self, inputs: Mapping[str, NDArray[np.generic]], answers: list[NDArray[np.generic]]) -> None:
+        """Appends the answers to all samples that `answers` does not hold yet: none is computed twice."""
         samples, size = len(next(iter(inputs.values()))), self.largest_batch
+        done = sum(map(len, answers))
         try:
-            answers = [
-                self._pass({name: array[start : start + size] for name, array in inputs.items()})
-                for start in range(0, samples, size)
-            ]
+            for start in range(done, samples, size):
+                piece = {name: array[start : start + size] for name, array in inputs.items()}
+                answers.append(self._pass(piece))  # at once: what came before a failure stays
         except torch.OutOfMemoryError:
-            self.largest_batch = max(1, self._bucket(min(samples, size)) // 2)
+            self.largest_batch = max(1, self._bucket(min(samples - done, size)) // 2)
             raise
-        return answers[0] if len(answers) == 1 else np.concatenate(answers)
 
     def _pass(self, inputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
         samples = len(next(iter(inputs.values())))

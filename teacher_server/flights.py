@@ -68,18 +68,16 @@ class Flights:
         computed at its charge.
         """
         waiter = Waiter(query, self._loop.create_future())
+        outcome = None
         try:
             self._board(waiter, query)
             await waiter.done
+            outcome = waiter.outcome()
         finally:
             self._leave(waiter)
-        error, waiter.error = waiter.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback holds this frame
-        outcome = waiter.outcome()
+            if outcome is None and waiter.charged:  # what is paid for was asked, also by who leaves half-way
+                self._books.answered(waiter.caller, asked=waiter.charged, cached=0, coalesced=0)
+        waiter.accept()
         self._books.answered(
             waiter.caller,
             asked=len(outcome.sources),
@@ -112,7 +110,6 @@ class Flights:
             fresh = dict.fromkeys(keys)
             if len(fresh) == len(keys):
                 flight = Flight(keys, len(keys))
-                flight.writes = query.writes
                 flying.update(dict.fromkeys(keys, flight))
                 flight.join(waiter, None)
                 self._spawn(self._look_up(flight, query.inputs), flight)
@@ -137,15 +134,14 @@ class Flights:
             rows.append(mine[key])
             positions.append(position)
         for flight, (its_rows, places) in theirs.items():
-            waiter.accept()
-            flight.writes |= query.writes
             flight.join(waiter, Share(np.array(its_rows, np.intp), np.array(places, np.intp)))
         if mine:
             flight = Flight(list(mine), len(mine))
-            flight.writes = query.writes
             self._flying.update(dict.fromkeys(mine, flight))
             flight.join(waiter, Share(np.array(rows, np.intp), np.array(positions, np.intp)))
             self._spawn(self._look_up(flight, {name: array[firsts] for name, array in query.inputs.items()}), flight)
+        else:
+            waiter.accept()
 
     async def _look_up(self, flight: Flight, inputs: Mapping[str, Array]) -> None:
         keys = flight.keys or []

@@ -10,11 +10,14 @@ it comes. It is not synced to the disk: a machine that loses its power loses its
 What a process left behind is read by `left_behind`; passes that began and have no outcome were wasted.
 """
 
+import errno
 import json
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +32,27 @@ class Journal:
     """One run of one replica, an *epoch*. `forwarding` is for any thread, the rest for one."""
 
     def __init__(self, directory: Path, epoch: str, header: dict[str, Any]) -> None:
+        """Raises OSError where nothing can be written."""
         self.epoch = epoch
         self._directory = directory
         self._header = header
         self._lock = threading.Lock()
         self._number = 0
         self._open: dict[int, int] = {}  # passes under way: their samples
-        self._segment = 0
+        self._late: deque[dict[str, Any]] = deque()  # what did happen, and the disk has not taken
+        self._segment = -1
         self._written = 0
         self._torn = False
         self._posted = 0
         self._old: list[tuple[Path, int]] = []  # full segments, and the last posting in each
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._begin_segment()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._begin_segment()
+        except OSError as error:
+            raise OSError(
+                f"state_directory: the journal cannot be written in {directory} ({error.strerror}); make room there, "
+                "or give another --state-directory"
+            ) from None
 
     def close(self) -> None:
         os.close(self._file)
@@ -58,11 +69,13 @@ class Journal:
             return self._number
 
     def record(self, record: Record, number: int | None = None) -> None:
-        """Notes an outcome; with a number, that of the forward pass of this number. Raises LedgerUnavailable."""
+        """Notes an outcome; with a number, that of the forward pass of this number.
+
+        Raises LedgerUnavailable where that cannot be written: it will be before anything else is.
+        """
         with self._lock:
-            self._append({"record": record} if number is None else {"record": record, "of": number})
-            if number is not None:
-                self._open.pop(number, None)
+            self._late.append({"record": record} if number is None else {"record": record, "of": number})
+            self._catch_up()
 
     def posted(self, posting: int) -> None:
         """Notes that all records so far belong to this posting or an earlier one."""
@@ -70,29 +83,48 @@ class Journal:
             self._append({"posting": posting})
             self._posted = posting
             if self._written > _SEGMENT_BYTES:
-                self._old.append((self._path(), posting))
-                os.close(self._file)
-                self._segment += 1
-                self._begin_segment()
+                full, path = self._file, self._path(self._segment)
+                with suppress(OSError):  # the next posting tries again
+                    self._begin_segment()
+                    self._old.append((path, posting))
+                    os.close(full)
 
     def forget(self, posting: int) -> None:
         """Drops the files of which Redis has everything."""
         while self._old and self._old[0][1] <= posting:
             self._old.pop(0)[0].unlink(missing_ok=True)
 
-    def _path(self) -> Path:
-        return self._directory / f"{self.epoch}.{self._segment:06}"
+    def _path(self, segment: int) -> Path:
+        return self._directory / f"{self.epoch}.{segment:06}"
 
     def _begin_segment(self) -> None:
-        self._file = os.open(self._path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._written = 0
-        self._append({"epoch": self.epoch, "posted": self._posted, **self._header})
-        for number, samples in self._open.items():
-            self._append({"forward": number, "samples": samples})
+        """Raises OSError where that cannot be done; all is then as it was."""
+        passes = [{"forward": number, "samples": samples} for number, samples in self._open.items()]
+        header = {"epoch": self.epoch, "posted": self._posted, **self._header}
+        data = b"".join(map(_line, (header, *passes)))
+        path = self._path(self._segment + 1)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with ExitStack() as undo:
+            undo.callback(path.unlink)
+            undo.callback(os.close, file)
+            if os.write(file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            undo.pop_all()
+        self._file, self._torn, self._written = file, False, len(data)
+        self._segment += 1
 
     def _append(self, entry: dict[str, Any]) -> None:
-        text = json.dumps(entry, separators=(",", ":")).encode()
-        line = b"%s%08x %s\n" % (b"\n" if self._torn else b"", zlib.crc32(text), text)
+        self._catch_up()
+        self._write(entry)
+
+    def _catch_up(self) -> None:
+        while self._late:
+            self._write(self._late[0])
+            self._open.pop(self._late.popleft().get("of", 0), None)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        # Of a torn line that lacks its end alone, too, the checksum fits no more.
+        line = (b"?\n" if self._torn else b"") + _line(entry)
         try:
             self._torn = True  # until it is known to be whole
             self._torn = os.write(self._file, line) < len(line)
@@ -101,10 +133,15 @@ class Journal:
             problem = error
         if self._torn:
             raise LedgerUnavailable(
-                f"the journal cannot be written ({self._path()}: {problem}), and what cannot be accounted for is not "
-                "computed; ask another replica"
+                f"the journal cannot be written ({self._path(self._segment)}: {problem}), and what cannot be accounted "
+                "for is not computed; ask another replica"
             )
         self._written += len(line)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 class LeftBehind(NamedTuple):

@@ -8,12 +8,13 @@
 --   budget:TENANT\tJOB\tUNIT\tPERIOD   hash   limit, spent:INSTANCE, held:INSTANCE; an instance is a day, month or "total"
 --   leases                      zset    lease -> expiry in ms: what a replica holds of budgets, ahead of its charges
 --   lease:LEASE                 hash    samples, budgets
---   request:TENANT\tJOB\tID     hash    digest, charged, finished, by:ATTEMPT -> samples that the attempt computed
+--   request:TENANT\tJOB\tID     hash    digest, finished, paid: positions of the query that were charged, "0-15,32-47"
 --   teacher:FINGERPRINT         hash    name, flops, price, currency
 --   epochs                      hash    a replica's run -> its last posting that was applied
 --   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid
 --   version                     count   of changes of budgets
 --   audit                       stream  changes of budgets and prices
+--   restoring:NAME                      a key of a backup that is being put back
 --
 -- The account _platform has, as its jobs, what nobody is charged for: own/REASON and wasted/REASON.
 local P = ARGV[1]
@@ -59,9 +60,10 @@ local function budgets_of(tenant, job, day, price)
   return found
 end
 
+-- Its counts as strings: as numbers, JSON gets 14 digits of them.
 local function described(b)
-  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance, limit = b.limit,
-          spent = b.spent, held = b.held}
+  return {tenant = b.tenant, job = b.job, unit = b.unit, period = b.period, instance = b.instance,
+          limit = whole(b.limit), spent = whole(b.spent), held = whole(b.held)}
 end
 
 -- Gives `samples` of a lease back to the budgets that it holds them of; all of it, and the lease, without a number.
@@ -106,15 +108,40 @@ local function waste(line, reason, samples, nanoseconds)
   count(platform, 'device_nanoseconds', nanoseconds)
 end
 
+-- The set of positions that a text such as "0-15,32-47" stands for, and back.
+local function positions_of(text)
+  local set = {}
+  for first, last in string.gmatch(text, '(%d+)-(%d+)') do
+    for position = tonumber(first), tonumber(last) do set[position] = true end
+  end
+  return set
+end
+
+local function text_of(set)
+  local sorted, runs = {}, {}
+  for position in pairs(set) do sorted[#sorted + 1] = position end
+  table.sort(sorted)
+  for i, position in ipairs(sorted) do
+    if position - 1 ~= sorted[i - 1] then runs[#runs + 1] = {position, position} end
+    runs[#runs][2] = position
+  end
+  for i, run in ipairs(runs) do runs[i] = run[1] .. '-' .. run[2] end
+  return table.concat(runs, ',')
+end
+
 -- Samples that a forward pass ran for: charged as far as the request and the budgets allow, the rest wasted.
+-- entry: request id or "", samples, nanoseconds, lease or "", and with an id the samples' positions in their query
 local function charge(line, entry)
-  local id, attempt, samples, nanoseconds, lease = entry[1], entry[2], entry[3], entry[4], entry[5]
+  local id, samples, nanoseconds, lease = entry[1], entry[2], entry[3], entry[4]
   local owed, reason = samples, 'wasted/unpaid'
   local request = P .. 'request:' .. line.tenant .. TAB .. line.job .. TAB .. id
+  local paid, fresh = {}, {}
   if id ~= '' then
-    -- An attempt pays for what it computed beyond that which an earlier attempt has paid for.
-    local computed = call('HINCRBY', request, 'by:' .. attempt, whole(samples))
-    owed = math.max(0, math.min(samples, computed - get(request, 'charged')))
+    paid = positions_of(call('HGET', request, 'paid') or '')
+    for position in pairs(positions_of(entry[5])) do
+      if not paid[position] then fresh[#fresh + 1] = position end
+    end
+    owed = math.min(samples, #fresh)
     if owed < samples then reason = 'wasted/replay' end
   end
   local covered, from = {}, 0
@@ -135,8 +162,9 @@ local function charge(line, entry)
   if from > 0 then give_back(lease, from) end
   for _, b in ipairs(budgets) do increase(b.key, 'spent:' .. b.instance, owed * b.each) end
   local share = owed == samples and nanoseconds or math.floor(nanoseconds * owed / samples)
-  if id ~= '' then
-    increase(request, 'charged', owed)
+  if id ~= '' and owed > 0 then
+    for i = 1, owed do paid[fresh[i]] = true end
+    call('HSET', request, 'paid', text_of(paid))
     call('PEXPIRE', request, whole(args.request_ms))
   end
   count(line, 'computed', owed)
@@ -153,7 +181,7 @@ function operations.begin()
   call('HSETNX', key, 'digest', args.digest)
   call('PEXPIRE', key, whole(args.request_ms))
   if call('HGET', key, 'digest') ~= args.digest then return 'other' end
-  return call('HEXISTS', key, 'finished') == 1 and get(key, 'charged') > 0 and 'finished' or 'new'
+  return call('HEXISTS', key, 'finished') == 1 and call('HEXISTS', key, 'paid') == 1 and 'finished' or 'new'
 end
 
 -- {tenant, job, day, price, need, more, lease, lease_ms}: holds `need` samples, and up to `more` while there is plenty
@@ -194,8 +222,8 @@ function operations.apply()
   if applied < args.base then
     audit('what', 'postings lost by Redis', 'epoch', args.epoch, 'after', whole(applied), 'until', whole(args.base))
     applied = args.base
+    call('HSET', P .. 'epochs', args.epoch, whole(applied))
   end
-  if args.posting > applied + 1 then return {applied = applied} end
   if args.posting == applied + 1 then
     for _, line in ipairs(args.lines) do
       for _, entry in ipairs(line.charges) do charge(line, entry) end
@@ -329,9 +357,24 @@ function operations.snapshot()
   return found
 end
 
--- {keys}: a whole snapshot, put into a ledger that is empty; what was held at its moment is not
+-- {keys}: hashes of a snapshot, kept apart until `restore`
+function operations.stage()
+  for _, key in ipairs(args.keys) do
+    local name, values = P .. 'restoring:' .. key[1], key[3]
+    call('DEL', name)
+    for i = 1, #values, 2 do call('HSET', name, values[i], values[i + 1]) end
+  end
+  return true
+end
+
+-- {staged, keys}: a whole snapshot, of which some keys were staged, put into a ledger that is empty; what was held at
+-- its moment is not
 function operations.restore()
-  if call('EXISTS', P .. 'tenants', P .. 'owners', P .. 'teachers') > 0 then return false end
+  if call('EXISTS', P .. 'tenants', P .. 'owners', P .. 'teachers') > 0 then
+    for _, name in ipairs(args.staged) do call('DEL', P .. 'restoring:' .. name) end
+    return false
+  end
+  for _, name in ipairs(args.staged) do call('RENAME', P .. 'restoring:' .. name, P .. name) end
   for _, key in ipairs(args.keys) do
     local name, kind, values = P .. key[1], key[2], key[3]
     if kind == 'hash' and string.sub(key[1], 1, 6) ~= 'lease:' then

@@ -27,7 +27,7 @@ from teacher_server.auth import Caller
 from teacher_server.config import LedgerConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable
 from teacher_server.journal import Journal, LeftBehind, Record, left_behind
-from teacher_server.postings import Charge, Request, Waste, booked, charged, posting, settle
+from teacher_server.postings import Charge, Entry, Request, Waste, booked, charged, posting, settle
 from teacher_server.purses import Hold, Purses
 from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable
@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 class _Kept:
     """A posting that Redis may not have on its disk yet."""
 
-    number: int
     content: dict[str, Any]
     samples: Counter[Caller]
     """Of what is not known to be applied yet."""
@@ -72,12 +71,12 @@ class Ledger:
         self._journal = Journal(directory, self._epoch, header)
         self._purses = Purses(store, self._epoch, price, config.lease_seconds)
         self._pending: list[Record] = []
-        self._kept: deque[_Kept] = deque()
+        self._kept: dict[int, _Kept] = {}  # by their number
         self._number = self._applied = self._forgotten = 0
         self._unsettled: Counter[Caller] = Counter()  # charged here, not yet in what Redis says is spent
+        self._finished: dict[tuple[Caller, str], bytes] = {}  # paid for here, as Redis is still to hear
         self._version = -1
         self._connected_since = store.connected_since
-        self._attempts = 0
         self._posting = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -115,28 +114,30 @@ class Ledger:
     async def begin(self, caller: Caller, request_id: str, digest: bytes) -> Request:
         """A query with an id; `digest` is of its content. Raises InvalidQuery where the id had another content.
 
-        Without Redis it counts as new; what is paid twice is found when it is posted.
+        Without Redis it counts as new unless it was answered here; what is paid twice is found when it is posted.
         """
         if (size := len(request_id.encode())) > _MAX_REQUEST_ID:
             raise InvalidQuery(f"request_id: {size} bytes; at most {_MAX_REQUEST_ID}")
-        self._attempts += 1
         known = "new"
-        with suppress(StoreUnavailable):
-            known = await run(
-                self.store,
-                "begin",
-                tenant=caller.tenant,
-                job=caller.job,
-                id=request_id,
-                digest=digest.hex(),
-                request_ms=1000 * self._config.request_record_seconds,
-            )
+        if (finished := self._finished.get((caller, request_id))) is not None:
+            known = "finished" if finished == digest else "other"
+        else:
+            with suppress(StoreUnavailable):
+                known = await run(
+                    self.store,
+                    "begin",
+                    tenant=caller.tenant,
+                    job=caller.job,
+                    id=request_id,
+                    digest=digest.hex(),
+                    request_ms=1000 * self._config.request_record_seconds,
+                )
         if known == "other":
             raise InvalidQuery(
                 f"request_id: {request_id!r} was used by job {caller.job!r} for other samples or outputs; an id stands "
                 "for one content, so give this query another one"
             )
-        return Request(request_id, f"{self._epoch}.{self._attempts}", known == "finished")
+        return Request(request_id, digest, known == "finished")
 
     async def hold(self, caller: Caller, samples: int) -> Hold:
         """Reserves samples of all budgets that the caller draws on, all of them or none.
@@ -153,12 +154,12 @@ class Ledger:
         """What became of the forward pass of that number: its samples and nanoseconds are the sums of the parts'."""
         lines = []
         for charge in charges:
-            request_id, attempt, _ = charge.request or ("", "", False)
-            part = [request_id, attempt, charge.samples, charge.nanoseconds, charge.hold.lease]
+            request_id = charge.request.id if charge.request else ""
+            part = Entry(request_id, charge.samples, charge.nanoseconds, charge.hold.lease, charge.positions)
             lines.append(booked(charge.caller, charge.hold.day, charges=[part]))
             self._unsettled[charge.caller] += charge.samples
         for waste in wasted:
-            part = ["", "", waste.samples, waste.nanoseconds, ""]
+            part = Entry("", waste.samples, waste.nanoseconds, "", "")
             lines.append(booked(Caller(PLATFORM, waste.account), today(), charges=[part]))
         parts: list[Charge | Waste] = [*charges, *wasted]
         totals = [sum(part.samples for part in parts), sum(part.nanoseconds for part in parts)]
@@ -169,6 +170,8 @@ class Ledger:
     ) -> None:
         """A query has its answers; the same request id costs nothing from here on."""
         finished = [request.id] if request else []
+        if request and asked > cached + coalesced:
+            self._finished[caller, request.id] = request.digest
         line = booked(caller, today(), asked=asked, cached=cached, coalesced=coalesced, finished=finished)
         self._record({"lines": [line], "totals": [0, 0]}, None)
 
@@ -193,14 +196,13 @@ class Ledger:
                 self._journal.posted(self._number + 1)
                 self._number += 1
                 records, self._pending = self._pending, []
-                self._kept.append(_Kept(self._number, self._content(records), charged(records)))
+                self._kept[self._number] = _Kept(self._content(records), charged(records))
             if self._connected_since != self.store.connected_since:  # Redis may have lost what it had given
                 self._purses.doubt([purse.lease for purse in self._purses.leases()])
                 self._connected_since = self.store.connected_since
             back = self._purses.excess(all_of_it=closing)
             while True:
-                due = next((kept for kept in self._kept if kept.number > self._applied), None)
-                reply = await self._apply(due, back)
+                reply = await self._apply(self._applied + 1, back)
                 back = []
                 self._note(reply["applied"])
                 if self._applied >= self._number:
@@ -223,8 +225,9 @@ class Ledger:
         price = self._teacher.price
         return posting(records, self._teacher.fingerprint, price.nanos_per_sample, price.currency)
 
-    async def _apply(self, kept: _Kept | None, back: list[tuple[str, int]]) -> dict[str, Any]:
-        """One posting, or none: a heartbeat."""
+    async def _apply(self, number: int, back: list[tuple[str, int]]) -> dict[str, Any]:
+        """The posting of that number, or none where there is none: a heartbeat."""
+        kept = self._kept.get(number)
         purses, sent = self._purses.leases(), time.monotonic()
         try:
             reply: dict[str, Any] = await run(
@@ -232,7 +235,7 @@ class Ledger:
                 "apply",
                 epoch=self._epoch,
                 base=self._forgotten,
-                posting=kept.number if kept else 0,
+                posting=number if kept else 0,
                 **(kept.content if kept else self._content([])),
                 release=back,
                 renew=[purse.lease for purse in purses],
@@ -252,10 +255,13 @@ class Ledger:
         """Redis has applied so many postings of this epoch."""
         if applied < self._applied:
             _log.warning("Redis has lost postings %d to %d; they are repeated", applied + 1, self._applied)
-        for kept in self._kept:
-            if kept.number <= applied:
+        for number in range(self._applied + 1, applied + 1):
+            if (kept := self._kept.get(number)) is not None:
                 self._unsettled -= kept.samples  # what reaches zero goes
                 kept.samples = Counter()
+                for line in kept.content["lines"]:
+                    for request_id in line["finished"]:
+                        self._finished.pop((Caller(line["tenant"], line["job"]), request_id), None)
         self._applied = applied
 
     async def _read_owners(self) -> None:
@@ -290,11 +296,11 @@ class Ledger:
             await asyncio.sleep(_FORGET_SECONDS)
             if not self._kept and not self._left:
                 continue
-            with suppress(StoreUnavailable, ResponseError):
-                applied = await self._applied_of(self._epoch)
+            with suppress(StoreUnavailable, ResponseError, OSError):  # a file that stays is settled already
                 settled = [left for left in self._left if await self._applied_of(left.epoch) >= max(left.postings)]
+                applied = await self._applied_of(self._epoch)
+                self._note(applied)  # before another posting's reply can be
                 known.append((time.time(), applied, settled))
-                self._note(applied)
                 first, last = await self.store.durable()
                 while known and known[0][0] < last:
                     at, applied, settled = known.popleft()
@@ -302,8 +308,8 @@ class Ledger:
                         self._forget(applied, settled)
 
     def _forget(self, number: int, settled: Iterable[LeftBehind]) -> None:
-        while self._kept and self._kept[0].number <= number:
-            self._kept.popleft()
+        for known in range(self._forgotten + 1, number + 1):
+            self._kept.pop(known, None)
         self._forgotten = max(self._forgotten, number)
         self._journal.forget(number)
         for left in settled:

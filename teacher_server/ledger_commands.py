@@ -34,7 +34,7 @@ from teacher_server.ledger_settings import (
     VerifySettings,
 )
 from teacher_server.ledger_tables import audit_table, budget_table, platform_table, spend_table
-from teacher_server.postings import charged, settle
+from teacher_server.postings import Entry, charged, settle
 from teacher_server.script import PLATFORM
 from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable, open_ledger, open_stores
 
@@ -252,7 +252,7 @@ def _settled(left: LeftBehind, applied: int) -> str:
             for record in records:
                 for line in record["lines"]:
                     if line["tenant"] == PLATFORM:
-                        samples[line["job"]] += sum(charge[2] for charge in line["charges"])
+                        samples[line["job"]] += sum(Entry(*charge).samples for charge in line["charges"])
     said = [f"{count:,} of {whose}" for whose, count in sorted(samples.items()) if count]
     return f"{left.epoch}: {'samples: ' + ', '.join(said) if said else 'all of it was known already'}\n"
 

@@ -59,7 +59,7 @@ def budget_table(states: Iterable[State], currency: str) -> str:
     heads = ["tenant", "job", "budget", "spent", "held", "left", "until"]
     rows = []
     for state in states:
-        limit, spent, held = (int(state[key]) for key in ("limit", "spent", "held"))
+        limit, spent, held = (state[key] for key in ("limit", "spent", "held"))
         until = period_end(state["instance"])
         rows.append(
             [

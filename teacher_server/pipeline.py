@@ -213,6 +213,8 @@ async def _exchange(connection: Any, commands: list[_Command], patience: float) 
             await connection.send_packed_command(data[start : start + _PIECE_BYTES], check_health=False)
             limit.reschedule(loop.time() + patience)
         for number, (_, reply) in enumerate(commands):
+            if number:
+                limit.reschedule(loop.time() + patience)
             try:
                 value = await connection.read_response()
             except ResponseError as error:
@@ -221,8 +223,6 @@ async def _exchange(connection: Any, commands: list[_Command], patience: float) 
             else:
                 if not reply.done():
                     reply.set_result(value)
-            if number % 64 == 63:
-                limit.reschedule(loop.time() + patience)
 
 
 def _parse(url: str, what: str) -> tuple[Callable[[], Any], str]:

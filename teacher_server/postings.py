@@ -20,8 +20,8 @@ class Request(NamedTuple):
     """A query with a request id."""
 
     id: str
-    attempt: str
-    """Tells this computation of the query from others of the same id, here or at another replica."""
+    digest: bytes
+    """Of the content that the id stands for."""
     replayed: bool
     """It was answered and paid for before: what is computed for it now is wasted."""
 
@@ -34,6 +34,18 @@ class Charge(NamedTuple):
     samples: int
     nanoseconds: int
     hold: Hold
+    positions: str = ""
+    """Those of the samples in a query with a request id, as `runs` tells them: each is paid for once."""
+
+
+class Entry(NamedTuple):
+    """A charge as records and postings carry it."""
+
+    request_id: str
+    samples: int
+    nanoseconds: int
+    lease: str
+    positions: str
 
 
 class Waste(NamedTuple):
@@ -44,17 +56,28 @@ class Waste(NamedTuple):
     nanoseconds: int
 
 
+def runs(positions: Iterable[int]) -> str:
+    """Rising positions as the ledger keeps them: 0, 1, 2, 5 -> "0-2,5-5"."""
+    found: list[list[int]] = []
+    for position in positions:
+        if found and position == found[-1][1] + 1:
+            found[-1][1] = position
+        else:
+            found.append([position, position])
+    return ",".join(f"{first}-{last}" for first, last in found)
+
+
 def booked(
     caller: Caller,
     day: str,
     *,
-    charges: Sequence[Sequence[Any]] = (),
+    charges: Sequence[Entry] = (),
     asked: int = 0,
     cached: int = 0,
     coalesced: int = 0,
     finished: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What one caller did on one day: charges of (request id, attempt, samples, nanoseconds, lease)."""
+    """What one caller did on one day."""
     return {
         "tenant": caller.tenant,
         "job": caller.job,
@@ -68,9 +91,9 @@ def booked(
 
 
 def posting(records: Iterable[Record], fingerprint: str, price: int, currency: str) -> dict[str, Any]:
-    """The sum of some records: a line per caller and day, a charge per attempt and lease."""
+    """The sum of some records: a line per caller and day, a charge per request id and lease."""
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
-    charges: dict[tuple[str, str, str], dict[tuple[str, str, str], list[int]]] = {}
+    charges: dict[tuple[str, str, str], dict[tuple[str, str], tuple[list[int], list[str]]]] = {}
     totals = [0, 0]
     for record in records:
         totals = [total + more for total, more in zip(totals, record["totals"], strict=True)]
@@ -80,16 +103,18 @@ def posting(records: Iterable[Record], fingerprint: str, price: int, currency: s
             for column in ("asked", "cached", "coalesced"):
                 line[column] += part[column]
             line["finished"] = [*line["finished"], *part["finished"]]
-            for request_id, attempt, samples, nanoseconds, lease in part["charges"]:
-                sums = charges.setdefault(key, {}).setdefault((request_id, attempt, lease), [0, 0])
-                sums[0] += samples
-                sums[1] += nanoseconds
+            for entry in (Entry(*charge) for charge in part["charges"]):
+                sums, places = charges.setdefault(key, {}).setdefault((entry.request_id, entry.lease), ([0, 0], []))
+                sums[0] += entry.samples
+                sums[1] += entry.nanoseconds
+                if entry.positions:
+                    places.append(entry.positions)
     for (tenant, job, day), line in lines.items():
         own = tenant == PLATFORM
         line |= {"fingerprint": fingerprint, "price": 0 if own else price, "currency": currency}
         line["charges"] = [
-            [request_id, attempt, *sums, lease]
-            for (request_id, attempt, lease), sums in charges.get((tenant, job, day), {}).items()
+            Entry(request_id, sums[0], sums[1], lease, ",".join(places))
+            for (request_id, lease), (sums, places) in charges.get((tenant, job, day), {}).items()
         ]
     return {"lines": list(lines.values()), "totals": totals}
 
@@ -99,7 +124,9 @@ def charged(records: Iterable[Record]) -> Counter[Caller]:
     for record in records:
         for line in record["lines"]:
             if line["tenant"] != PLATFORM:
-                samples[Caller(line["tenant"], line["job"])] += sum(charge[2] for charge in line["charges"])
+                samples[Caller(line["tenant"], line["job"])] += sum(
+                    Entry(*charge).samples for charge in line["charges"]
+                )
     return samples
 
 
@@ -109,7 +136,7 @@ async def settle(store: Store, left: LeftBehind, config: LedgerConfig) -> None:
     What Redis has already is not applied again. Raises StoreUnavailable.
     """
     if left.wasted:
-        part = ["", "", left.wasted, 0, ""]
+        part = Entry("", left.wasted, 0, "", "")
         lines = [booked(Caller(PLATFORM, "wasted/crash"), today(), charges=[part])]
         left.postings[max(left.postings)].append({"lines": lines, "totals": [left.wasted, 0]})
     teacher, applied = left.header, -1
@@ -121,7 +148,7 @@ async def settle(store: Store, left: LeftBehind, config: LedgerConfig) -> None:
             epoch=left.epoch,
             base=min(left.postings) - 1,
             posting=number,
-            **posting(left.postings[number], teacher["fingerprint"], teacher["price"], teacher["currency"]),
+            **posting(left.postings.get(number, []), teacher["fingerprint"], teacher["price"], teacher["currency"]),
             release=[],
             renew=[],
             lease_ms=1000 * config.lease_seconds,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protos import teacher_pb2 as pb
 from teacher_server.auth import Caller
-from teacher_server.budgets import State, budget_message, refusal
+from teacher_server.budgets import State, as_state, budget_message, refusal
 from teacher_server.errors import LedgerUnavailable
 from teacher_server.script import run, today
 from teacher_server.store import Store, StoreUnavailable
@@ -132,16 +132,18 @@ class Purses:
             self._retire(purse)
             return await self._top_up(self._purse(purse.caller), samples)
         if "refused" in reply:
-            raise refusal(reply["refused"], reply["budget"], samples, self._price)
+            raise refusal(reply["refused"], as_state(reply["budget"]), samples, self._price)
         self.learn(reply["budgets"])
         purse.renewed = sent
         purse.free += reply["granted"] - samples
+        if self._current.get(purse.caller) is not purse and purse not in self._retired:  # `beat` found it empty
+            self._retired.append(purse)
         return Hold(purse, samples)
 
     # ------------------------------------------------------------ what is known of budgets
 
-    def learn(self, states: Iterable[State]) -> None:
-        for state in states:
+    def learn(self, described: Iterable[dict[str, str]]) -> None:
+        for state in map(as_state, described):
             self._budgets.setdefault((state["tenant"], state["job"]), {})[state["unit"], state["period"]] = state
 
     def owners_are(self, owners: set[tuple[str, str]]) -> None:
@@ -155,14 +157,19 @@ class Purses:
         """Those that the caller draws on. `unsettled`: samples of (tenant, job or "") that Redis does not count yet."""
         found = []
         for owner in ((caller.tenant, ""), (caller.tenant, caller.job)):
-            for state in self._budgets.get(owner, {}).values():
+            for state in self._states(owner):
                 each = 1 if state["unit"] == "samples" else self._price.nanos_per_sample
                 found.append(budget_message(state, unsettled(*owner) * each))
         return found
 
     def states(self) -> list[State]:
         """Of all budgets that were drawn on here."""
-        return [state for kinds in self._budgets.values() for state in kinds.values()]
+        return [state for owner in self._budgets for state in self._states(owner)]
+
+    def _states(self, owner: tuple[str, str]) -> list[State]:
+        """Not those of a day or month that is over: nobody has drawn on the new one here."""
+        present = ("total", today(), today()[: len("2026-01")])
+        return [state for state in self._budgets.get(owner, {}).values() if state["instance"] in present]
 
     # ------------------------------------------------------------ leases
 

@@ -13,7 +13,7 @@ from protos import teacher_pb2 as pb
 from protos.keys import sample_keys
 from protos.wire import MalformedMessage, encode_answers
 from teacher_server import accounts
-from teacher_server.admission import Admitted, admit, admit_lookup, check_envelope
+from teacher_server.admission import Admitted, admit, admit_lookup, check_fields, claimed_bytes
 from teacher_server.auth import Caller
 from teacher_server.batcher import Batcher
 from teacher_server.cache import SAMPLE_BYTES, AnswerCache, Logits, beside_the_loop
@@ -85,7 +85,7 @@ class Service:
         self.not_ready = why
 
     async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
-        check_envelope(request)
+        check_fields(request)
         if not self._teachers:
             raise Draining(f"this replica describes no teacher yet ({self.not_ready}); ask again, or another one")
         teachers = [self._teacher(request.teacher)] if request.teacher else self._teachers.values()
@@ -100,7 +100,8 @@ class Service:
         own deadline, so what is computed has the last one's.
         """
         self._check_ready()
-        size = check_envelope(request)
+        check_fields(request)
+        size = claimed_bytes(request)
         teacher = self._teacher(request.teacher)
         samples = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0  # as it says
         asked = await beside_the_loop(size + samples * SAMPLE_BYTES, _look_through, request, teacher.description)
@@ -112,7 +113,7 @@ class Service:
     async def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
         """Which answers are cached; of none, no answers are in the reply."""
         self._check_ready()
-        check_envelope(request)
+        check_fields(request)
         teacher = self._teacher(request.teacher)
         keys, specs = admit_lookup(request, teacher.description)
         cached = teacher.cache.keys(caller, request.cache_namespace, keys)
@@ -132,7 +133,7 @@ class Service:
 
     async def spend(self, request: pb.SpendRequest, caller: Caller) -> pb.SpendResponse:
         """The ledger of the caller's tenant, this replica's own last queries included."""
-        check_envelope(request)
+        check_fields(request)
         return await self._accounts.spend(caller, request)
 
     def _teacher(self, name: str) -> Served:

@@ -12,7 +12,7 @@ from teacher_server.batcher import split
 from teacher_server.cache import AnswerCache
 from teacher_server.errors import ForwardFailed, TeacherServerError
 from teacher_server.metrics import Metrics
-from teacher_server.postings import Charge, Request, Waste
+from teacher_server.postings import Charge, Request, Waste, runs
 from teacher_server.purses import Hold
 from teacher_server.queues import Array
 from teacher_server.shares import ALL, Flight, Leg, Logits, Rows, Waiter
@@ -39,7 +39,7 @@ class Books(Protocol):
     def answered(
         self, caller: Caller, *, asked: int, cached: int, coalesced: int, request: Request | None = None
     ) -> None:
-        """A query has its answers."""
+        """A query has its answers; or, without `request`, it ended with no more of them than those it had paid for."""
 
     def budgets(self, caller: Caller) -> list[pb.Budget]:
         """Those that the caller draws on, as they stand."""
@@ -50,6 +50,7 @@ class _Account(NamedTuple):
     """Or why it is wasted."""
     hold: Hold | None
     samples: int
+    positions: str = ""
 
 
 class Settlement:
@@ -97,12 +98,12 @@ class Settlement:
             row += len(span)
         charges, wasted = [], []
         shares = split(nanoseconds, [account.samples for account in accounts])
-        for (payer, hold, samples), share in zip(accounts, shares, strict=True):
+        for (payer, hold, samples, positions), share in zip(accounts, shares, strict=True):
             if isinstance(payer, str) or hold is None:
                 wasted.append(Waste(f"wasted/{payer}", samples, share))
                 self._metrics.platform.labels("wasted", payer).inc(samples)
             else:
-                charges.append(Charge(payer.caller, payer.request, samples, share, hold))
+                charges.append(Charge(payer.caller, payer.request, samples, share, hold, positions))
                 payer.charged += samples
                 payer.device_nanoseconds += share
                 self._metrics.charged(payer.caller, samples, share, self._teacher)
@@ -126,7 +127,10 @@ class Settlement:
             for some, waiter, account in self._payers(leg, rows, len(logits), "failed" if failed else "abandoned"):
                 its_rows = rows if isinstance(some, slice) else np.arange(flight.samples)[rows][some]
                 flight.deliver(its_rows, logits[some], waiter)
-                accounts.append(account)
+                positions = ""
+                if waiter is not None and waiter.request is not None:
+                    positions = runs(flight.positions(waiter, its_rows))
+                accounts.append(account._replace(positions=positions))
             self._cache_answers(leg, rows, logits)
         if leg.landed == leg.samples:
             leg.end()
@@ -165,11 +169,13 @@ class Settlement:
         flight = leg.flight
         if flight.keys is None:
             return
-        if not flight.writes:
-            self._forget(flight, rows)
-            return
-        flight.keep(rows, logits)
         numbers = np.arange(flight.samples)[rows]
+        if not (writes := flight.writes[numbers]).all():
+            self._forget(flight, numbers[~writes])
+            numbers, logits = numbers[writes], logits[writes]
+            if not len(numbers):
+                return
+        flight.keep(numbers, logits)
         corrupt = np.isin(numbers, flight.corrupt) if len(flight.corrupt) else np.zeros(len(numbers), np.bool_)
         for overwrite in (False, True):
             some = corrupt == overwrite

@@ -48,7 +48,8 @@ class Query:
     request: Request | None = None
     """Its request id, if it has one."""
     accepted: Callable[[], None] = _nothing
-    """Called once, when it has joined, was given an answer, or waits for its turn: refused attempts do not count."""
+    """Called once, when all of it is under way for others, what it lacks waits for its turn, or it has its answers:
+    refused attempts do not count."""
 
     @property
     def samples(self) -> int:
@@ -73,7 +74,7 @@ class Waiter:
     """A query from its call to its answer. `done` is set when all is there, or `error` says why it never will be."""
 
     def __init__(self, query: Query, done: asyncio.Future[None]) -> None:
-        self.caller, self.request, self.done = query.caller, query.request, done
+        self.caller, self.request, self.writes, self.done = query.caller, query.request, query.writes, done
         self.replayed = query.request is not None and query.request.replayed
         self.flights: list[Flight] = []
         self.error: Exception | None = None
@@ -90,7 +91,6 @@ class Waiter:
 
     def take(self, positions: Rows, logits: Logits, sources: int | NDArray[np.uint8]) -> None:
         """Files answers; every position comes once."""
-        self.accept()
         if len(logits) == len(self.sources):
             self._logits = logits if isinstance(positions, slice) else None
         if self._logits is None:
@@ -107,6 +107,13 @@ class Waiter:
             self.done.set_result(None)
 
     def outcome(self) -> Outcome:
+        """Raises `error`, if any."""
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         if self._logits is None or self._missing:
             raise RuntimeError("asked for before all was there")
         return Outcome(self._logits, self.sources, self.charged, self.device_nanoseconds)
@@ -130,7 +137,7 @@ class Flight:
     def __init__(self, keys: list[bytes] | None, samples: int) -> None:
         self.keys = keys
         self.samples = samples
-        self.writes = False
+        self.writes = np.zeros(samples, np.bool_)  # rows whose answers are to be cached, for one at least
         self.shares: dict[Waiter, Share | None] = {}  # the oldest first; None: all rows, in order
         self.legs: set[Leg] = set()
         self.corrupt = np.empty(0, np.intp)  # rows whose cache entry must be overwritten
@@ -147,6 +154,8 @@ class Flight:
         """Gives it at once what has been computed already."""
         self.shares[waiter] = share
         waiter.flights.append(self)
+        if waiter.writes:
+            self.writes[ALL if share is None else share.rows] = True
         if share is not None and self._logits is not None:
             landed = self._landed[share.rows]
             if landed.any():
@@ -195,6 +204,14 @@ class Flight:
             for waiter, share in self.shares.items()
         ]
         return [(waiter, wanted) for waiter, wanted in found if wanted.any()]
+
+    def positions(self, waiter: Waiter, rows: Rows) -> list[int]:
+        """Where the waiter wants `rows`, rising; the first place of one that he wants more than once."""
+        numbers = np.arange(self.samples)[rows].tolist()
+        if (share := self.shares[waiter]) is None:
+            return sorted(numbers)
+        first = dict(zip(share.rows[::-1].tolist(), share.positions[::-1].tolist(), strict=True))
+        return sorted(first[row] for row in numbers)
 
     def first_positions(self, rows: Places) -> list[tuple[Waiter, int]]:
         """Who wants any of `rows`, and the first of their positions that does."""

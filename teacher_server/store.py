@@ -197,9 +197,10 @@ def _held(directory: Path) -> Iterator[None]:
 async def check_ledger(store: Store) -> None:
     """Refuses a Redis that would lose spend: one that evicts, keeps nothing on disk, or is too old.
 
-    Raises ValueError naming what to change. Warns of one that loses more than a second or two in a crash.
+    Raises ValueError naming what to change, OSError where it has gone again. Warns of one that loses more than a
+    second or two in a crash.
     """
-    info = await store.info()
+    info = await _info(store)
     where = f"ledger: {store.where}"
     if int(info["redis_version"].split(".")[0]) < 7:
         raise ValueError(f"{where} is Redis {info['redis_version']}; 7.0 or later is needed, or Valkey")
@@ -223,8 +224,8 @@ async def check_ledger(store: Store) -> None:
 
 
 async def capacity(store: Store) -> int | None:
-    """Bytes that the cache's Redis may use; None, and a warning, where it has no bound. Raises as `Store.command`."""
-    info = await store.info()
+    """Bytes that the cache's Redis may use; None, and a warning, where it has no bound. Raises as `check_ledger`."""
+    info = await _info(store)
     limit = int(info["maxmemory"])
     if not limit:
         _log.warning("%s: %s has no maxmemory and grows without bound; CONFIG SET it there", store.what, store.where)
@@ -236,3 +237,14 @@ async def capacity(store: Store) -> int | None:
             store.where,
         )
     return limit
+
+
+async def _info(store: Store) -> dict[str, str]:
+    try:
+        return await store.info()
+    except ResponseError as error:
+        raise ValueError(
+            f"{store.what}: {store.where} does not tell what it is ({error}); there, allow the URL's user INFO"
+        ) from error
+    except StoreUnavailable as error:
+        raise OSError(f"{error}; start it, or give another --{store.what}-redis-url") from error

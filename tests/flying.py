@@ -87,7 +87,7 @@ class CountingBooks:
         return number
 
     async def begin(self, caller, request_id, digest):
-        return Request(request_id, "1", request_id in self.finished)
+        return Request(request_id, digest, request_id in self.finished)
 
     async def hold(self, caller, samples):
         self.asked_for.set()

@@ -11,7 +11,7 @@ from teacher_server.accounts import snapshot
 from teacher_server.auth import Caller
 from teacher_server.config import LedgerConfig, StoreConfig
 from teacher_server.ledger import Ledger
-from teacher_server.postings import Charge, Waste
+from teacher_server.postings import Charge, Waste, runs
 from teacher_server.store import StoreUnavailable, open_stores
 
 TEACHER = pb.TeacherDescription(
@@ -42,12 +42,13 @@ async def crash(ledger):
     await asyncio.gather(*ledger._tasks, return_exceptions=True)
 
 
-async def compute(ledger, samples, caller=CALLER, request=None, nanoseconds=1000):
-    """One query of so many samples, forwarded and charged."""
+async def compute(ledger, samples, caller=CALLER, request=None, nanoseconds=1000, first=0):
+    """So many samples forwarded and charged; of a query with a request id those from position `first` on."""
     hold = await ledger.hold(caller, samples)
     number = ledger.forwarding(samples)
     hold.pay(samples)
-    ledger.book(number, [Charge(caller, request, samples, nanoseconds, hold)], [])
+    positions = runs(range(first, first + samples)) if request else ""
+    ledger.book(number, [Charge(caller, request, samples, nanoseconds, hold, positions)], [])
 
 
 def waste(ledger, samples, account="wasted/failed"):

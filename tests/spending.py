@@ -4,7 +4,7 @@ import asyncio
 from contextlib import contextmanager
 
 from teacher_server.auth import Caller
-from teacher_server.postings import booked, posting
+from teacher_server.postings import Entry, booked, posting
 from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import LEDGER_PREFIX, Store
 from tests.redis_servers import running
@@ -44,7 +44,9 @@ async def charge(
     nanoseconds = 1000 * samples if nanoseconds is None else nanoseconds
     counts = {} if caller.tenant == PLATFORM else {"asked": samples + cached + coalesced}
     counts |= {"cached": cached, "coalesced": coalesced}
-    line = booked(caller, day or today(), charges=[["", "", samples, nanoseconds, ""]] if samples else [], **counts)
+    line = booked(
+        caller, day or today(), charges=[Entry("", samples, nanoseconds, "", "")] if samples else [], **counts
+    )
     record = {"lines": [line], "totals": [samples, nanoseconds]}
     await post(store, [record], price, currency)
 

@@ -20,11 +20,12 @@ from protos import teacher_pb2_grpc
 from student_worker import TeacherClient, answer
 from student_worker import client as client_module
 from student_worker.errors import (
+    BudgetSpent,
     FingerprintChanged,
     TeacherFailed,
 )
 from student_worker.threads import DaemonPool
-from tests.asking import direct, metric, pixels
+from tests.asking import direct, metric, pixels, put
 from tests.serving import GATE, ROOT, Gated, arguments, free_port, process, serving, until
 from tests.teachers import TINY, save, tiny
 
@@ -58,6 +59,28 @@ def test_a_full_queue_is_waited_for(tmp_path):
             )
         assert metric(server, "preceptor_samples_total", job="patient") == 48
         assert metric(server, "preceptor_asked_samples_total", job="patient") == 48  # what was refused was not asked
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_budget_that_queries_under_way_hold_is_waited_for(tmp_path, raised):
+    """Until they have spent it, or there is more of it."""
+    with serving(**arguments(tmp_path, "gated")) as server, TeacherClient(server.grpc_address, job="short") as client:
+        put(server, "/v1/budgets/default/jobs/short", unit="samples", limit=100)
+        client.describe()
+        with GATE.shut():
+            first = client.submit(pixels(60))
+            assert GATE.reached.acquire(timeout=10)
+            second = client.submit(pixels(60, seed=1))
+            until(lambda: metric(server, "preceptor_requests_total", call="Label", code="RESOURCE_EXHAUSTED") >= 2)
+            assert not second.done()
+            if raised:
+                put(server, "/v1/budgets/default/jobs/short", unit="samples", limit=120)
+        assert len(first.result(30).sources) == 60
+        if raised:
+            assert second.result(30).budgets[0].left == 0
+        else:
+            with pytest.raises(BudgetSpent, match="40 samples are left, and this query needs 60"):
+                second.result(30)
 
 
 def test_the_next_address_takes_over(tmp_path):

@@ -203,6 +203,24 @@ def test_out_of_memory_halves_the_bucket_once_and_for_good(pad: bool) -> None:
     assert served.largest_batch == 8
 
 
+class Shrinking(Watched):
+    """Has less memory after its first batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = super().forward(x)
+        self.room = 4
+        return answer
+
+
+def test_what_was_computed_before_memory_ran_out_is_not_computed_again() -> None:
+    watched = Shrinking(room=8)
+    served = engine(watched, PLAIN, max_batch_size=16)
+    served.largest_batch = 8
+    x = np.arange(32, dtype=np.float32).reshape(16, 2)
+    np.testing.assert_array_equal(served.forward({"x": x})["logits"], x.sum(1, keepdims=True))
+    assert watched.sizes == [8, 8, 4, 4]
+
+
 def test_out_of_memory_again_is_raised_and_the_next_call_is_smaller() -> None:
     watched = Watched(room=4)
     served = engine(watched, PLAIN, max_batch_size=16)

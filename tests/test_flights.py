@@ -112,6 +112,23 @@ async def test_nobody_left_means_wasted_if_dispatched_and_nothing_if_not():
 
 
 @flying
+async def test_what_is_paid_for_was_asked_also_by_who_leaves_half_way():
+    gate = Gate()
+    async with plane(gate) as p:
+        leaver = p.ask(range(12))
+        await p.arrived()
+        gate.let_through()
+        await p.arrived()
+        await settled()
+        leaver.cancel()
+        await settled()
+        assert p.books.replies == [(Caller("a", "job"), 4, 0, 0)]
+        gate.let_through(10)
+        check(await wait(p.ask(range(3))), range(3), "cached")
+        assert p.charged() == {"a": 4}
+
+
+@flying
 async def test_half_dispatched_the_rest_flies_for_the_next_and_nothing_twice():
     gate = Gate()
     async with plane(gate) as p:
@@ -196,15 +213,15 @@ async def test_bypass_shares_nothing_and_read_only_writes_nothing():
 async def test_an_answer_is_cached_if_any_who_waits_for_it_writes():
     gate = Gate()
     async with plane(gate) as p:
-        reader = p.ask([1, 2], mode="read_only")
+        reader = p.ask([1, 2, 3], mode="read_only")
         await p.arrived()
         writer = p.ask([1, 2], "b")
         await settled()
         gate.let_through()
-        check(await wait(reader), [1, 2], "computed")
+        check(await wait(reader), [1, 2, 3], "computed")
         check(await wait(writer), [1, 2], "coalesced")
         await settled()
-        assert len(p.store.entries) == 2
+        assert set(p.store.entries) == set(p.query([1, 2]).keys), "and no other"
 
 
 @flying

@@ -80,6 +80,31 @@ async def test_a_full_queue_refuses_its_own_job_and_another_flies():
 
 
 @flying
+async def test_a_query_that_is_refused_was_not_asked_though_it_found_and_joined_others():
+    gate = Gate()
+    accepted = []
+    async with plane(gate) as p:
+        p.books.left = {Caller("poor", "job"): 0}
+        gate.let_through()
+        check(await wait(p.ask([1, 2])), [1, 2], "computed")
+        await settled()
+        host = p.ask([3, 4])
+        assert [await p.arrived(), await p.arrived()] == [[1, 2], [3, 4]]
+        for numbers in ([1, 2, 5], [3, 4, 5], [1, 3, 5]):
+            with pytest.raises(BudgetSpent):
+                await wait(p.ask(numbers, "poor", accepted=lambda: accepted.append("refused")))
+        found = p.ask([1, 2], "poor", accepted=lambda: accepted.append("found"))
+        check(await wait(found), [1, 2], "cached")
+        assert accepted == ["found"]
+        joined = p.ask([3, 4, 3], "poor", accepted=lambda: accepted.append("joined"))
+        await settled()
+        assert accepted == ["found", "joined"], "as soon as it waits"
+        gate.let_through()
+        await wait(host)
+        check(await wait(joined), [3, 4, 3], "coalesced")
+
+
+@flying
 async def test_a_chain_of_many_who_are_refused_ends():
     gate = Gate()
     async with plane(gate) as p:
@@ -96,13 +121,13 @@ async def test_a_chain_of_many_who_are_refused_ends():
 async def test_a_replayed_query_pays_nothing_and_holds_nothing():
     async with plane() as p:
         p.books.left = {Caller("a", "job"): 0}
-        request = Request("r", "1", replayed=True)
+        request = Request("r", b"r", replayed=True)
         outcome = await p.ask(FOUR, request=request)
         check(outcome, FOUR, "computed")
         assert outcome.charged == 0
         assert p.books.wasted == {"replay": 4}
-        await p.ask([7], "b", request=Request("s", "1", replayed=False))
-        assert +p.books.requests == {Request("s", "1", replayed=False): 1}
+        await p.ask([7], "b", request=Request("s", b"s", replayed=False))
+        assert +p.books.requests == {Request("s", b"s", replayed=False): 1}
 
 
 # ------------------------------------------------------------ failures

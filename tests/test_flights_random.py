@@ -62,7 +62,7 @@ async def test_every_history(seed):
             who = chance.choice(("a", "b", "c", "poor", "slow"))
             asked = [min(numbers[-1], int(chance.expovariate(0.08))) for _ in range(chance.randint(1, 12))]
             mode = chance.choice(("use", "use", "use", "read_only", "bypass"))
-            request = Request(str(turn), "1", chance.random() < 0.3) if chance.random() < 0.3 else None
+            request = Request(str(turn), b"", chance.random() < 0.3) if chance.random() < 0.3 else None
             tasks.append((p.ask(asked, who, mode=mode, request=request), asked, who, request, mode))
             if chance.random() < 0.4:
                 chance.choice(tasks)[0].cancel()

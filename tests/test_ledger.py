@@ -194,6 +194,23 @@ def test_a_lease_is_not_topped_up_once_another_budget_was_set(tmp_path):
     run(test, tmp_path)
 
 
+def test_a_lease_given_while_its_purse_was_retired_is_renewed_and_given_back(tmp_path):
+    async def test(store, ledger):
+        await set_budget(store, 1000)
+        await ledger.post()
+        asked = asyncio.create_task(ledger._purses._top_up(ledger._purses._purse(CALLER), 40))
+        await asyncio.sleep(0)  # it has been asked for
+        ledger._purses.owners_are({CALLER})  # as when another budget is set
+        ledger._purses.beat()
+        hold = await asked
+        assert hold.lease in [purse.lease for purse in ledger._purses.leases()]
+        hold.release(40)
+        await ledger.post()
+        assert await held(store) == 0
+
+    run(test, tmp_path)
+
+
 def test_a_request_id_is_charged_once_and_stands_for_one_content(tmp_path):
     async def test(store, ledger):
         for _ in range(5):  # a replay that comes before the first is answered is found when it is posted
@@ -201,8 +218,12 @@ def test_a_request_id_is_charged_once_and_stands_for_one_content(tmp_path):
             assert not request.replayed
             await compute(ledger, 48, request=request)
         ledger.answered(CALLER, asked=48, cached=0, coalesced=0, request=request)
-        await ledger.post()
-        assert (await ledger.begin(CALLER, "id", DIGEST)).replayed
+        for _ in range(2):  # before Redis has heard of it, and after
+            assert (await ledger.begin(CALLER, "id", DIGEST)).replayed
+            with pytest.raises(InvalidQuery, match="for other samples"):
+                await ledger.begin(CALLER, "id", b"other")
+            await ledger.post()
+        assert not ledger._finished
         assert not (await ledger.begin(Caller("team", "other"), "id", b"other")).replayed
         with pytest.raises(InvalidQuery, match="request_id: 'id' was used by job 'job' for other samples"):
             await ledger.begin(CALLER, "id", b"other")
@@ -222,9 +243,18 @@ def test_a_second_attempt_pays_for_what_the_first_did_not_reach(tmp_path):
         second = await ledger.begin(CALLER, "id", DIGEST)
         assert not second.replayed
         await compute(ledger, 64, request=second)
-        await compute(ledger, 36, request=second)
+        await compute(ledger, 36, request=second, first=64)
         await ledger.post()
         assert await books(store) == {CALLER: 100, ("_platform", "wasted/replay"): 64}
+        third = await ledger.begin(CALLER, "cached", DIGEST)
+        await compute(ledger, 10, request=third, first=3)
+        await ledger.post()
+        fourth = await ledger.begin(CALLER, "cached", DIGEST)  # it finds those, and more, in the cache
+        await compute(ledger, 5, request=fourth, first=40)
+        await compute(ledger, 5, request=fourth, first=45)
+        await compute(ledger, 5, request=fourth, first=0)  # of which two were paid for
+        await ledger.post()
+        assert await books(store) == {CALLER: 100 + 10 + 10 + 3, ("_platform", "wasted/replay"): 64 + 2}
 
     run(test, tmp_path)
 
@@ -364,7 +394,10 @@ def test_a_new_day_is_another_budget(tmp_path, monkeypatch):
         across = await ledger.hold(CALLER, 10)
         with pytest.raises(BudgetSpent, match=r"2030-01-31 .* until it begins anew on 2030-02-01"):
             await ledger.hold(CALLER, 11)
+        (left,) = [state["limit"] - state["spent"] for state in ledger.states() if state["period"] == "day"]
+        assert left == 10
         monkeypatch.setattr("teacher_server.purses.today", lambda: "2030-02-01")
+        assert ledger.states() == ledger.budgets(CALLER) == []  # what was left of days and months that are over
         await compute(ledger, 100)
         across.pay(10)  # reserved on the day before, and charged to it
         ledger.book(ledger.forwarding(10), [Charge(CALLER, None, 10, 10, across)], [])

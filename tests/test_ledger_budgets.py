@@ -5,6 +5,7 @@ import re
 import pytest
 
 from teacher_server.auth import Caller
+from teacher_server.budgets import budget_message, budget_states
 from teacher_server.store import LEDGER_PREFIX
 from tests.spending import RED, charge, shown, teacher, using
 
@@ -86,6 +87,9 @@ def test_money_is_counted_to_its_last_place(full, url, given, nanos):
     shown(full, "budget", "red", "--money", given, "--per", "month")
     key = f"{LEDGER_PREFIX}budget:red\t\tmoney\tmonth"
     assert int(using(url, lambda store: store.command("HGET", key, "limit"))) == nanos
+    (state,) = using(url, budget_states)
+    assert budget_message(state).limit == nanos
+    assert budget_message(state).left == max(0, nanos - state["spent"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import asyncio
 import os
 import shutil
 import signal
+import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,8 +13,9 @@ from teacher_server import budgets, journal
 from teacher_server.auth import Caller
 from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
-from teacher_server.journal import Journal, left_behind
-from teacher_server.store import Store
+from teacher_server.journal import Journal, LeftBehind, left_behind
+from teacher_server.postings import Entry, Waste, booked
+from teacher_server.store import Store, StoreUnavailable
 from tests.ledgers import (
     CALLER,
     books,
@@ -62,6 +65,34 @@ def test_while_redis_hangs_budgets_are_paid_from_the_purse_and_others_go_on(tmp_
                 assert await books(store) == {CALLER: 151, FREE: 21 * 48}
                 await compute(ledger, 500)
             assert (await books(store))[CALLER] == 651
+
+    asyncio.run(main())
+
+
+def test_after_a_long_outage_each_posting_costs_what_it_costs_after_a_short_one(tmp_path):
+    async def cost(ledger, store, postings):
+        """Seconds of this process for each of so many that have to be made up for."""
+        with stopped(await pid_of(store)):
+            await without_answer(store)
+            for _ in range(postings):
+                await compute(ledger, 1, FREE)
+                with pytest.raises(StoreUnavailable):
+                    await ledger.post()
+
+        async def again():
+            return store.available
+
+        await eventually(again)
+        began = time.process_time()
+        await ledger.post()
+        return (time.process_time() - began) / postings
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)  # posts only as told
+            short = await cost(ledger, store, 200)
+            assert await cost(ledger, store, 4000) < 4 * short
+            assert await books(store) == {FREE: 4200}
 
     asyncio.run(main())
 
@@ -131,6 +162,76 @@ def test_postings_that_redis_lost_in_a_crash_are_repeated(tmp_path):
         except LedgerUnavailable:
             return False
         return True
+
+    asyncio.run(main())
+
+
+def test_postings_that_redis_lost_are_repeated_before_one_that_is_due(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)  # posts and forgets only as told
+            for samples in (10, 20):
+                await compute(ledger, samples, FREE)
+                await ledger.post()
+            await store.command("FLUSHALL")
+            await compute(ledger, 5, FREE)
+            await ledger.post()
+            assert await books(store) == {FREE: 35}
+
+    asyncio.run(main())
+
+
+def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            await crash(ledger)
+            await compute(ledger, 10, FREE)
+            await ledger.post()
+            ledger._forget(1, [])  # as if it had been on Redis's disk
+            await store.command("FLUSHALL")
+            for _ in range(3):
+                await ledger.post()
+            await compute(ledger, 5, FREE)
+            await ledger.post()
+            assert [change.what for change in await budgets.audit(store)] == ["postings lost by Redis"]
+            assert await books(store) == {FREE: 5}
+
+    asyncio.run(main())
+
+
+def test_no_loss_is_told_where_postings_go_on_while_one_asks_what_redis_has(tmp_path, caplog):
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+            ledger._left = [LeftBehind("another", {}, {1: []}, 0, [])] * 20  # it asks about each of them
+            while not ledger._forgotten:
+                await compute(ledger, 1, FREE)
+                await ledger.post()
+
+    asyncio.run(main())
+    assert "Redis has lost" not in caplog.text
+
+
+def test_a_file_that_cannot_be_removed_keeps_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_SEGMENT_BYTES", 100)
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
+
+            async def forgotten():
+                return ledger._forgotten == ledger._number
+
+            for _ in range(3):
+                await compute(ledger, 1, FREE)
+                await ledger.post()
+            first = ledger._journal._old[0][0]
+            first.unlink()
+            first.mkdir()
+            await eventually(forgotten)
+            await compute(ledger, 1, FREE)
+            await ledger.post()
+            await eventually(forgotten)
+            assert not ledger._journal._old
+            first.rmdir()
 
     asyncio.run(main())
 
@@ -211,6 +312,23 @@ def test_a_torn_line_is_not_read_and_harms_no_other(tmp_path):
     assert list(left_behind(tmp_path)) == []
 
 
+def test_where_the_line_of_a_posting_is_not_readable_the_next_one_has_it_all(tmp_path):
+    log = Journal(tmp_path / "replica", "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
+    for posting in range(1, 4):
+        part = Entry("", posting, 0, "", "")
+        log.record({"lines": [booked(FREE, "2026-01-31", charges=[part])], "totals": [posting, 0]})
+        log.posted(posting)
+    log.close()
+    (path,) = (tmp_path / "replica").iterdir()
+    path.write_bytes(path.read_bytes().replace(b'{"posting":2}', b'{"posting":0}'))
+
+    async def main():
+        async with ledger_store(tmp_path) as store, replica(store, tmp_path):
+            assert await books(store) == {FREE: 6}
+
+    asyncio.run(main())
+
+
 def test_what_cannot_be_journalled_is_not_computed(tmp_path):
     log = Journal(tmp_path, "epoch", {})
     os.close(log._file)
@@ -218,3 +336,72 @@ def test_what_cannot_be_journalled_is_not_computed(tmp_path):
     with pytest.raises(LedgerUnavailable, match=r"journal cannot be written .* No space left"):
         log.forwarding(3)
     log.close()
+
+
+@contextmanager
+def full_disk(log):
+    file, log._file = log._file, os.open("/dev/full", os.O_WRONLY)
+    try:
+        yield
+    finally:
+        os.close(log._file)
+        log._file = file
+
+
+def test_an_outcome_that_the_disk_did_not_take_is_written_before_what_follows(tmp_path):
+    async def main():
+        async with ledger_store(tmp_path) as store:
+            ledger = replica(store, tmp_path)
+            await ledger.__aenter__()
+            number = ledger.forwarding(7)
+            with full_disk(ledger._journal):
+                ledger.book(number, [], [Waste("wasted/failed", 7, 10)])
+                with pytest.raises(LedgerUnavailable):
+                    await ledger.post()
+            await ledger.post()
+            await crash(ledger)
+            async with replica(store, tmp_path):
+                assert await books(store) == {("_platform", "wasted/failed"): 7}
+
+    asyncio.run(main())
+
+
+def test_where_no_new_file_can_be_begun_the_old_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_SEGMENT_BYTES", 100)
+    log = Journal(tmp_path, "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
+    records = [{"lines": [], "totals": [samples, 0]} for samples in range(3)]
+    (tmp_path / "epoch.000001").mkdir()  # in its way
+    for posting in (1, 2):
+        log.record(records[posting - 1], log.forwarding(4))
+        log.posted(posting)
+    (tmp_path / "epoch.000001").rmdir()
+    under_way = log.forwarding(9)
+    log.posted(3)
+    log.record(records[2])
+    log.close()
+    (left,) = left_behind(tmp_path)
+    assert left.wasted == 9
+    assert left.postings == {1: records[:1], 2: records[1:2], 3: [], 4: records[2:]}
+    assert [path.name for path in left.paths] == ["epoch.000000", "epoch.000001"]
+    log.forget(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch.000001"]
+    assert under_way == 3
+
+
+def test_a_journal_that_cannot_be_begun_says_where(tmp_path):
+    (tmp_path / "epoch.000000").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"state_directory: .* in {tmp_path} \(No space left on device\); make room"):
+        Journal(tmp_path, "epoch", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_of_which_only_the_end_is_missing_does_not_count_once_it_was_refused(tmp_path):
+    log = Journal(tmp_path, "epoch", {})
+    log.forwarding(4)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size - 1)
+    log._torn = True
+    log.forwarding(5)
+    log.close()
+    (left,) = left_behind(tmp_path)
+    assert left.wasted == 5

@@ -13,11 +13,11 @@ from teacher_server.config import LedgerConfig, StoreConfig
 from teacher_server.embedded import take_lock
 from teacher_server.journal import Journal
 from teacher_server.ledger import Ledger
-from teacher_server.postings import booked
-from teacher_server.script import PLATFORM, today
+from teacher_server.postings import Entry, booked
+from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import open_stores
 from tests.ledgers import TEACHER, compute, crash
-from tests.spending import FINGERPRINT, PRICE, RED, shown, using
+from tests.spending import FINGERPRINT, PRICE, RED, charge, shown, using
 
 
 def test_a_backup_restored_into_a_fresh_ledger_says_the_same(full, url, tmp_path, monkeypatch):
@@ -63,6 +63,37 @@ def test_what_was_held_at_the_moment_of_the_backup_is_not_held_after_it(ledger, 
     assert "contradiction" not in shown(ledger, "verify")
 
 
+@pytest.mark.parametrize("used_meanwhile", [False, True])
+def test_a_backup_of_years_goes_back_in_parts_and_takes_effect_at_once(
+    full, url, tmp_path, monkeypatch, used_meanwhile
+):
+    """In one piece it would keep Redis from answering for longer than one waits for it."""
+    file, parts = tmp_path / "backup.json", []
+    shown(full, "export", "--format", "backup", "--output", file)
+    before = shown(full, "export")
+    using(url, lambda store: store.command("FLUSHALL"))
+
+    async def watched(store, operation, **arguments):
+        if operation == "stage":
+            assert (await snapshot(store)).lines() == []
+            parts.append(sum(len(values) for _, _, values in arguments["keys"]))
+        if operation == "restore" and used_meanwhile:
+            await charge(store, RED, 1, "2026-01-30")
+        return await run(store, operation, **arguments)
+
+    monkeypatch.setattr("teacher_server.accounts.run", watched)
+    monkeypatch.setattr("teacher_server.accounts._VALUES_AT_ONCE", 10)
+    status, _, err = full("restore", file)
+    assert len(parts) > 2
+    if used_meanwhile:
+        assert "the ledger is not empty" in err
+        assert shown(full, "verify") == "forwarded 1 = charged 1 + wasted 0 + own 0\n"
+    else:
+        assert status == 0
+        assert shown(full, "export") == before
+    assert using(url, lambda store: store.command("KEYS", "*restoring*")) == []
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -102,7 +133,7 @@ def left_behind(directory, postings=True):
     journal = Journal(directory / "journal", "gone-1", header)
 
     def done(caller, samples):
-        part = booked(caller, "2026-02-01", charges=[["", "", samples, 1000, ""]])
+        part = booked(caller, "2026-02-01", charges=[Entry("", samples, 1000, "", "")])
         journal.record({"lines": [part], "totals": [samples, 1000]}, journal.forwarding(samples))
 
     done(RED, 5)

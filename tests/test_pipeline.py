@@ -205,6 +205,16 @@ def test_a_redis_that_is_silent_counts_as_gone(tmp_path):
     asyncio.run(main())
 
 
+def test_a_redis_that_is_slow_is_not_silent(valkey, monkeypatch):
+    monkeypatch.setattr("teacher_server.pipeline.SILENCE_SECONDS", 0.5)
+
+    async def main():
+        async with Store(valkey.url, "cache") as store:  # one pipeline, whose replies come one after another
+            assert await asyncio.gather(*(store.command("BLPOP", "nothing", 0.2) for _ in range(5))) == [None] * 5
+
+    asyncio.run(main())
+
+
 def test_leaving_with_commands_under_way_lets_go_of_their_callers(valkey):
     async def main():
         async with AsyncExitStack() as stack:

@@ -77,6 +77,22 @@ def test_the_caches_capacity(tmp_path, caplog):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("look", [check_ledger, capacity])
+def test_a_redis_that_does_not_tell_what_it_is(tmp_path, look):
+    async def main():
+        with running(tmp_path, *AOF) as server:
+            async with Store(server.url, "ledger") as store:
+                await store.command("ACL", "SETUSER", "default", "-@dangerous")
+                with pytest.raises(ValueError, match=r"ledger: .*redis\.sock .*'info' command.*allow .* INFO"):
+                    await look(store)
+                server.kill()  # since it was connected: loading a teacher takes its time
+                await eventually(lambda: not store.available)
+                with pytest.raises(OSError, match=r"ledger: no answer from .*redis\.sock .*--ledger-redis-url"):
+                    await look(store)
+
+    asyncio.run(main())
+
+
 # ---------------------------------------------------------------- what is on the disk
 
 

@@ -13,6 +13,7 @@ from student_worker import TeacherClient, Unix
 from student_worker.check import check
 from student_worker.data import load
 from student_worker.errors import InvalidQuery, TeacherMisunderstands
+from tests.asking import put
 from tests.serving import serving
 from tests.teachers import save
 
@@ -202,3 +203,10 @@ def test_check_names_the_culprit(teacher, doubly_normalising, data):
     with TeacherClient(doubly_normalising.grpc_address, job="check") as client:
         with pytest.raises(TeacherMisunderstands, match="normalisation"):
             check(client, data, data.train_y, 256)
+
+
+def test_what_check_found_out_is_said_though_the_budget_ends_before_the_culprit_is_found(teacher, data):
+    put(teacher, "/v1/budgets/default/jobs/poor", unit="samples", limit=256)
+    with TeacherClient(teacher.grpc_address, job="poor", cache_namespace="poor") as client:
+        with pytest.raises(TeacherMisunderstands, match=r"does not understand this data.* class order"):
+            check(client, replace(data, train_x=np.ascontiguousarray(data.train_x[:, ::-1])), data.train_y, 256)
