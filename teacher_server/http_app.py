@@ -1,4 +1,4 @@
-"""The HTTP side: probes, metrics, the teacher's description, spend and budgets (http_accounts.py), OpenAPI docs."""
+"""The HTTP side: probes, metrics, the teacher's description; spend and budgets (http_accounts.py), usage and its page."""
 
 import asyncio
 import socket
@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from google.rpc import code_pb2
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
 
@@ -24,6 +25,8 @@ from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
+from teacher_server.http_page import add_pages
+from teacher_server.http_usage import usage_routes
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 from teacher_server.store import StoreUnavailable
@@ -45,9 +48,15 @@ _MAX_BODY_BYTES = 64 * 1024
 
 
 def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, books: Books) -> FastAPI:
-    app = FastAPI(title="Preceptor teacher", description="A shared teacher for knowledge distillation.")
+    app = FastAPI(
+        title="Preceptor teacher",
+        description="A shared teacher for knowledge distillation.",
+        docs_url=None,  # theirs load scripts from another host; http_page.py has ours
+        redoc_url=None,
+    )
 
     app.add_middleware(_SmallBodies)
+    app.add_middleware(GZipMiddleware, minimum_size=2048, compresslevel=5)
     _answer_errors(app)
 
     def caller(request: Request) -> Caller:
@@ -76,6 +85,8 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
         return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
 
     app.include_router(routes(authenticator, books))
+    app.include_router(usage_routes(authenticator, books, service))
+    add_pages(app)
     return app
 
 

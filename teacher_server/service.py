@@ -115,19 +115,21 @@ class Service:
         self._check_ready()
         check_fields(request)
         teacher = self._teacher(request.teacher)
-        keys, specs = admit_lookup(request, teacher.description)
+        keys, specs, unasked = admit_lookup(request, teacher.description)
         cached = teacher.cache.keys(caller, request.cache_namespace, keys)
         found = await teacher.cache.get(cached)
         there = [False] * len(keys)
         for row in found.rows.tolist():
             there[row] = True
         reply = pb.LookupResponse(fingerprint=teacher.description.fingerprint, found=there)
-        if samples := len(found.rows):
+        samples = len(found.rows)
+        if samples or unasked:
+            teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0, unasked=unasked)
+        if samples:
             label = self._metrics.job(caller)
             self._metrics.asked.labels(*label).inc(samples)
             self._metrics.samples.labels(*label, "cached").inc(samples)
             teacher.cache.used(caller, cached, samples)
-            teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0)
             reply.answers.extend(await beside_the_loop(found.logits.nbytes, _encode, found.logits, specs))
         return reply
 
@@ -180,7 +182,7 @@ class Service:
             return error.with_traceback(None)
 
     async def _answer(self, teacher: Served, caller: Caller, asked: _Asked) -> pb.LabelResponse:
-        inputs, samples, specs = asked.content
+        inputs, samples, specs, unasked = asked.content
         request = await teacher.books.begin(caller, asked.request_id, asked.digest) if asked.request_id else None
         label = self._metrics.job(caller)
         keys = None
@@ -189,7 +191,7 @@ class Service:
         writes = asked.mode in {pb.CACHE_MODE_UNSPECIFIED, pb.CACHE_MODE_USE}
         count = self._metrics.asked.labels(*label)
         outcome = await teacher.flights.answer(
-            Query(caller, inputs, keys, writes, request, accepted=lambda: count.inc(samples))
+            Query(caller, inputs, keys, writes, request, unasked, accepted=lambda: count.inc(samples))
         )
         for source, name in _SOURCES.items():
             if there := outcome.count(source):
