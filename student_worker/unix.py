@@ -239,9 +239,7 @@ class Unix:
             self.scored += 0 if logits is None else len(x)
             self.asked += len(mixed)
         sent = self._to_teacher(mixed)
-        ask = partial(
-            self._teacher.label, sent, request_id=request_id, cache_mode=self._cache_mode, candidates=len(x)
-        )
+        ask = partial(self._teacher.label, sent, request_id=request_id, cache_mode=self._cache_mode, candidates=len(x))
         answer = ask if pool is None else pool.submit(ask).result
         return _Query(request_id, step, recipe, self._to_student(mixed), y, index, logits, answer)
 

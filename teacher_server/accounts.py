@@ -208,7 +208,9 @@ async def snapshot(
     for attempt in range(_ATTEMPTS):
         keys = await lines_by_day(store, "", _FIRST_DAY, over, ("lines", "hours"))
         rest = await run(store, "snapshot", tenant="", since=recent.isoformat(), until=_LAST_DAY, all=True)
-        whole = Snapshot([*(key for key in keys if key[0].startswith(("lines:", "hours:"))), *rest])  # Lua's empty list is a dict
+        whole = Snapshot(
+            [*(key for key in keys if key[0].startswith(("lines:", "hours:"))), *rest]
+        )  # Lua's empty list is a dict
         # Contradictions may also mean that a replica which had been away has just posted something of days long over.
         if attempt + 1 == _ATTEMPTS or not whole.verify()[1]:
             break

@@ -1,4 +1,4 @@
-"""The HTTP side: probes, metrics, the teacher's description; spend and budgets (http_accounts.py), usage and its page."""
+"""The HTTP side: probes, metrics, the teacher; spend and budgets (http_accounts.py), usage and its page (http_page.py)."""
 
 import asyncio
 import socket

@@ -177,12 +177,22 @@ class Ledger:
         unasked: int = 0,
         request: Request | None = None,
     ) -> None:
-        """A query has its answers; `unasked` are those that the student chose from and left. The same request id costs nothing from here on."""
+        """A query has its answers; the same request id costs nothing from here on.
+
+        `unasked` are the samples that the student had to choose from, and left.
+        """
         finished = [request.id] if request else []
         if request and asked > cached + coalesced:
             self._finished[caller, request.id] = request.digest
-        counts = {"asked": asked, "cached": cached, "coalesced": coalesced, "unasked": unasked}
-        line = booked(caller, this_hour(), finished=finished, **counts)
+        line = booked(
+            caller,
+            this_hour(),
+            asked=asked,
+            cached=cached,
+            coalesced=coalesced,
+            unasked=unasked,
+            finished=finished,
+        )
         self._record({"lines": [line], "totals": [0, 0]}, None)
 
     def budgets(self, caller: Caller) -> list[pb.Budget]:

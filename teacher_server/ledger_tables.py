@@ -33,7 +33,19 @@ class _Sum:
 
 def spend_table(lines: Iterable[pb.SpendLine]) -> str:
     """What tenants spent: a row for each tenant, job and day, and sums below."""
-    heads = ["tenant", "job", "day", "candidates", "asked", "computed", "cached", "coalesced", "GFLOPs", "device s", "money"]
+    heads = [
+        "tenant",
+        "job",
+        "day",
+        "candidates",
+        "asked",
+        "computed",
+        "cached",
+        "coalesced",
+        "GFLOPs",
+        "device s",
+        "money",
+    ]
     lines = list(lines)
     rows = _sums(lines, lambda line: (line.tenant, line.job, line.day))
     totals = {(tenant, "", "all days"): total for (tenant,), total in _sums(lines, lambda line: (line.tenant,)).items()}

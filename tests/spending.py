@@ -59,14 +59,12 @@ async def charge(
     counts |= {"cached": cached, "coalesced": coalesced, "unasked": unasked}
     hour = when or this_hour()
     hour = hour if "T" in hour else f"{hour}T12"
-    line = booked(
-        caller, hour, charges=[Entry("", samples, nanoseconds, "", "")] if samples else [], **counts
-    )
+    line = booked(caller, hour, charges=[Entry("", samples, nanoseconds, "", "")] if samples else [], **counts)
     record = {"lines": [line], "totals": [samples, nanoseconds]}
     await post(store, [record], price, currency)
 
 
-async def post(store, records, price=PRICE, currency="EUR", epoch="e"):
+async def post(store, records, price=PRICE, currency="EUR", epoch="e", fingerprint=FINGERPRINT):
     number = int(await store.command("HGET", f"{LEDGER_PREFIX}epochs", epoch) or 0) + 1
     reply = await run(
         store,
@@ -74,7 +72,7 @@ async def post(store, records, price=PRICE, currency="EUR", epoch="e"):
         epoch=epoch,
         base=0,
         posting=number,
-        **posting(records, FINGERPRINT, price, currency),
+        **posting(records, fingerprint, price, currency),
         release=[],
         renew=[],
         lease_ms=10_000,

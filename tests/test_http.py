@@ -119,7 +119,7 @@ def test_spend_is_the_contracts_message_in_json(full):
                 "day": day,
                 "fingerprint": "f" * 32,
                 "candidates": str(asked),
-                    "asked": str(asked),
+                "asked": str(asked),
                 "computed": str(computed),
                 "cached": str(asked - computed),
                 "coalesced": "0",

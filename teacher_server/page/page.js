@@ -168,14 +168,13 @@ function options(select, pairs) {
 }
 
 function figure(id, text, exact, note) {
-  const found = /^(.*\d)\s(\D+)$/u.exec(text); // a unit stands smaller than its number
   const element = byId(`total-${id}`);
-  element.replaceChildren(found ? found[1] : text);
-  if (found) {
-    const unit = document.createElement("small");
-    unit.textContent = ` ${found[2]}`;
-    element.append(unit);
-  }
+  element.replaceChildren(...text.split(/(\s\p{L}+\s?)/u).map((part) => {
+    if (!/^\s\p{L}/u.test(part)) return part;
+    const unit = document.createElement("small"); // smaller than its number
+    unit.textContent = part;
+    return unit;
+  }));
   element.dataset.exact = exact;
   element.title = exact;
   byId(`note-${id}`).textContent = note;

@@ -123,10 +123,10 @@ export function showSavings(total) {
   const money = [total.money, total.cacheMoney, total.selectionMoney, total.fullMoney];
   const digits = Math.max(2, ...money.flatMap((sums) => [...sums.values()].map(places)));
   const rows = [
-    ["computed", "Computed, and paid", total.computed, total.money],
-    ["cache", "Saved by the cache", total.hits, total.cacheMoney],
-    ["selection", "Saved by selection", total.unasked, total.selectionMoney],
-    ["", "Full distillation", total.full, total.fullMoney],
+    ["computed", "Computed", total.computed, total.money],
+    ["cache", "Cache saved", total.hits, total.cacheMoney],
+    ["selection", "Selection saved", total.unasked, total.selectionMoney],
+    ["", "Full KD", total.full, total.fullMoney],
   ];
   byId("savings-rows").replaceChildren(...rows.map(([kind, name, samples, sums]) => {
     const head = rowHead(name);
@@ -141,10 +141,13 @@ export function showSavings(total) {
   for (const [kind, , samples] of rows.slice(0, 3)) {
     byId("split").querySelector(`.${kind}`).style.flex = `${total.full ? samples / total.full : 0} 1 0`;
   }
-  const saved = total.full - total.computed;
-  byId("claim").textContent = saved > 0
-    ? `The teacher computed ${share(total.computed, total.full)} of what full distillation would have asked of it.`
-    : "Everything that the students saw was asked about and computed: nothing was saved yet.";
+  const saved = new Map([...total.fullMoney].map(([c, nanos]) => [c, nanos - (total.money.get(c) ?? 0n)]));
+  const samples = total.full - total.computed;
+  const amount = document.createElement("b");
+  amount.textContent = totalMoney(saved) ? monies(saved) : `${count(samples)} samples`;
+  byId("claim").replaceChildren(...(samples > 0
+    ? [amount, ` saved: the teacher computed ${share(total.computed, total.full)} of what full KD would have had it compute.`]
+    : ["Everything that the students saw was asked about and computed: nothing was saved yet."]));
 }
 
 const PER = { total: "in all", day: "a day", month: "a month" };
@@ -165,10 +168,13 @@ export function showBudgets(usage, currencies) {
     const bar = cell("");
     const said = document.createElement("span");
     said.className = "sub";
-    said.textContent = `${amount(spent, unit)}, ${share(used, 1)}`;
-    bar.append(meter, said);
-    const tr = line(rowHead(budget.tenant, budget.job || "all jobs"), cell(`${amount(limit, unit)} ${PER[budget.period]}`),
-      bar, cell(amount(left, unit), left), runsOut(budget, usage.now));
+    const rest = said.cloneNode();
+    said.textContent = `${amount(spent, unit)} of ${amount(limit, unit)} ${PER[budget.period]}, ${share(used, 1)}`;
+    rest.textContent = `${amount(left, unit)} left`;
+    rest.className = "sub left";
+    rest.dataset.exact = left;
+    bar.append(meter, said, rest);
+    const tr = line(rowHead(budget.tenant, budget.job || "all jobs"), bar, runsOut(budget, usage.now));
     Object.assign(tr.dataset, { tenant: budget.tenant, job: budget.job, unit, period: budget.period });
     const state = outlook(budget, usage.now);
     tr.className = state.state === "spent" ? "spent" : state.state === "ends" && state.wait < 864e5 ? "near" : "";
@@ -219,7 +225,7 @@ export function showBooks({ platform }) {
 export function showTeachers(teachers) {
   byId("teacher-rows").replaceChildren(...teachers.map((teacher) => {
     const price = BigInt(teacher.nanos_per_sample);
-    return line(rowHead(teacher.name, `${teacher.fingerprint}${teacher.served ? "" : ", not served here now"}`),
+    return line(rowHead(teacher.name, `${teacher.fingerprint}${teacher.served ? "" : " (not served here now)"}`),
       cell(price ? money(price, teacher.currency) : "nothing", `${price} ${teacher.currency}`),
       cell(flops(teacher.flops_per_sample), `${teacher.flops_per_sample} FLOPs`));
   }));
