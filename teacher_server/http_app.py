@@ -1,4 +1,4 @@
-"""The HTTP side: probes, metrics, the teacher; spend and budgets (http_accounts.py), usage and its page (http_page.py)."""
+"""The HTTP side: probes, metrics, the teacher; spend and budgets (http_accounts.py), usage (http_usage.py), pages."""
 
 import asyncio
 import socket

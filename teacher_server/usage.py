@@ -82,11 +82,13 @@ class Usage:
         found: dict[str, dict[str, Any]] = {}
         for (_, tenant, account, _, _), row in sorted(self.rows.items()):
             if tenant == PLATFORM:
-                sums = found.setdefault(account, {"account": account, "samples": 0, "flops": 0.0, "nanoseconds": 0})
+                sums = found.setdefault(
+                    account, {"account": account, "samples": 0, "flops": 0.0, "device_nanoseconds": 0}
+                )
                 sums["samples"] += row["computed"]
                 sums["flops"] += row["flops"]
-                sums["nanoseconds"] += row["device_nanoseconds"]
-        return [{**sums, "device_nanoseconds": str(sums.pop("nanoseconds"))} for sums in found.values()]
+                sums["device_nanoseconds"] += row["device_nanoseconds"]
+        return [sums | {"device_nanoseconds": str(sums["device_nanoseconds"])} for sums in found.values()]
 
 
 async def usage(store: Store, by: Literal["hour", "day"], count: int) -> Usage:

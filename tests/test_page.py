@@ -339,7 +339,7 @@ def test_screenshots(browser, tmp_path):
         for name, options in (
             ("desktop", {}),
             ("dark", {"color_scheme": "dark"}),
-            ("phone", {"viewport": PHONE, "device_scale_factor": 2}),
+            ("phone", {"viewport": PHONE, "device_scale_factor": 1.5}),
         ):
             with tab(browser, server.http_address, **options) as one:
                 page = one.open().shown()

@@ -2,7 +2,11 @@
 
 import { compact, count, decimal, duration, flops, money, period, share } from "./format.js";
 
-const { Chart } = globalThis;
+/** Chart.js is there; figures need not wait for it. */
+export const ready = new Promise((resolve) => {
+  if (globalThis.Chart) resolve();
+  else document.getElementById("library").addEventListener("load", resolve);
+});
 const SERIES = 7;
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const colours = new Map(); // a name keeps its colour while the page is open
@@ -36,9 +40,14 @@ export function measures(currencies) {
   ];
 }
 
+const axes = new Map();
+
 function axisMoney(number, currency) {
-  const style = { style: "currency", currency, notation: "compact", maximumSignificantDigits: 3 };
-  return new Intl.NumberFormat(undefined, style).format(number);
+  if (!axes.has(currency)) {
+    const style = { style: "currency", currency, notation: "compact", maximumSignificantDigits: 3 };
+    axes.set(currency, new Intl.NumberFormat(undefined, style));
+  }
+  return axes.get(currency).format(number);
 }
 
 /** One stacked bar chart. */
@@ -58,7 +67,7 @@ class Bars {
       label, data: sums.map(of), backgroundColor: css(colour), borderColor: css("--card"), borderWidth: { top: 1 },
       borderSkipped: false, borderRadius: 2, categoryPercentage: 0.86, barPercentage: 1,
     }));
-    if (!this.chart) this.chart = new Chart(this.canvas, { type: "bar", data: { labels, datasets }, options: {} });
+    if (!this.chart) this.chart = new globalThis.Chart(this.canvas, { type: "bar", data: { labels, datasets }, options: {} });
     this.chart.data.labels = labels;
     // The same objects, so that a refresh moves nothing that has not changed.
     const old = new Map(this.chart.data.datasets.map((dataset) => [dataset.label, dataset]));
