@@ -10,6 +10,7 @@ from teacher_server.grpc_calls import SERVICE_NAME, Calls
 from teacher_server.metrics import Metrics
 from teacher_server.service import Service
 
+_MAX_HEADER_BYTES = 16 * 1024
 _GRACE_SECONDS = 5.0  # for replies that are on their way, once nothing is computed any more
 
 
@@ -33,6 +34,14 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not a share of its traffic
+                ("grpc.max_concurrent_streams", config.max_concurrent_calls),  # of one connection
+                ("grpc.max_metadata_size", _MAX_HEADER_BYTES),
+                ("grpc.absolute_max_metadata_size", _MAX_HEADER_BYTES),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                # Who has gone without a word is found out, and who says nothing for long has to connect again.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.max_connection_idle_ms", 600_000),
             ],
         )
         self._health = health.aio.HealthServicer()

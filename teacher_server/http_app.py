@@ -25,6 +25,7 @@ from teacher_server.auth import Authenticator, Caller
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
+from teacher_server.http_connections import BoundedConnection
 from teacher_server.http_page import add_pages
 from teacher_server.http_usage import usage_routes
 from teacher_server.metrics import Metrics
@@ -153,9 +154,17 @@ class HttpApp:
         metrics: Metrics,
         config: NetworkConfig,
         books: Books,
+        *,
+        connection: type[BoundedConnection] = BoundedConnection,
     ) -> None:
         # A peer that does not read its reply may not keep the process from ending.
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off"}
+        options: dict[str, Any] = {
+            "http": connection,
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "lifespan": "off",
+        }
         self._server = _Uvicorn(
             uvicorn.Config(http_app(service, authenticator, metrics, books), timeout_graceful_shutdown=1, **options)
         )
