@@ -177,7 +177,11 @@ def test_who_may_not_see_is_told_why(browser, platform):
         page.wait_for_selector("#sign-in:not([hidden])")
         assert page.inner_text("#refused") == ""
         one.check_accessible()
-        for token, words in (("nonsense", "not known here"), ("red-token", "This token may not see")):
+        for token, words in (
+            ("Grüße von mir", "This is no token"),
+            ("nonsense", "not known here"),
+            ("red-token", "This token may not see"),
+        ):
             page.fill("#token", token)
             page.press("#token", "Enter")
             page.wait_for_function("words => refused.textContent.includes(words)", arg=words)

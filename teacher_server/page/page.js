@@ -222,8 +222,11 @@ async function download() {
 
 byId("sign-in-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, byId("token").value.trim());
-  byId("refused").textContent = "";
+  const token = byId("token").value.trim();
+  const sendable = /^[\x21-\x7e]+$/.test(token);
+  byId("refused").textContent = sendable ? "" : "This is no token: a header cannot carry its blanks or letters.";
+  if (!sendable) return;
+  sessionStorage.setItem(TOKEN, token);
   refresh();
 });
 byId("sign-out").addEventListener("click", signOut);

@@ -169,7 +169,7 @@ export function showBudgets(usage, currencies) {
     const said = document.createElement("span");
     said.className = "sub";
     const rest = said.cloneNode();
-    said.textContent = `${amount(spent, unit)} of ${amount(limit, unit)} ${PER[budget.period]}, ${share(used, 1)}`;
+    said.textContent = `${unit === "money" ? amount(spent, unit) : count(BigInt(spent))} of ${amount(limit, unit)} ${PER[budget.period]}, ${share(used, 1)}`;
     rest.textContent = `${amount(left, unit)} left`;
     rest.className = "sub left";
     rest.dataset.exact = left;
