@@ -201,7 +201,7 @@ class Precision(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., absolute_tolerance: _Optional[float] = ..., relative_tolerance: _Optional[float] = ...) -> None: ...
 
 class LabelRequest(_message.Message):
-    __slots__ = ("teacher", "inputs", "outputs", "request_id", "expected_fingerprint", "cache_mode", "cache_namespace")
+    __slots__ = ("teacher", "inputs", "outputs", "request_id", "expected_fingerprint", "cache_mode", "cache_namespace", "candidates")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class LabelRequest(_message.Message):
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_MODE_FIELD_NUMBER: _ClassVar[int]
     CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSpec]
@@ -216,7 +217,8 @@ class LabelRequest(_message.Message):
     expected_fingerprint: str
     cache_mode: CacheMode
     cache_namespace: str
-    def __init__(self, teacher: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., request_id: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., cache_mode: _Optional[_Union[CacheMode, str]] = ..., cache_namespace: _Optional[str] = ...) -> None: ...
+    candidates: int
+    def __init__(self, teacher: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., request_id: _Optional[str] = ..., expected_fingerprint: _Optional[str] = ..., cache_mode: _Optional[_Union[CacheMode, str]] = ..., cache_namespace: _Optional[str] = ..., candidates: _Optional[int] = ...) -> None: ...
 
 class LabelResponse(_message.Message):
     __slots__ = ("fingerprint", "answers", "sources", "cost", "budgets")
@@ -291,18 +293,20 @@ class Budget(_message.Message):
     def __init__(self, owner: _Optional[_Union[Budget.Owner, str]] = ..., name: _Optional[str] = ..., unit: _Optional[_Union[Budget.Unit, str]] = ..., limit: _Optional[int] = ..., left: _Optional[int] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., period: _Optional[_Union[Budget.Period, str]] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("teacher", "keys", "outputs", "expected_fingerprint", "cache_namespace")
+    __slots__ = ("teacher", "keys", "outputs", "expected_fingerprint", "cache_namespace", "candidates")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSpec]
     expected_fingerprint: str
     cache_namespace: str
-    def __init__(self, teacher: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., expected_fingerprint: _Optional[str] = ..., cache_namespace: _Optional[str] = ...) -> None: ...
+    candidates: int
+    def __init__(self, teacher: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., outputs: _Optional[_Iterable[_Union[OutputSpec, _Mapping]]] = ..., expected_fingerprint: _Optional[str] = ..., cache_namespace: _Optional[str] = ..., candidates: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("fingerprint", "found", "answers")
@@ -333,7 +337,7 @@ class SpendResponse(_message.Message):
     def __init__(self, lines: _Optional[_Iterable[_Union[SpendLine, _Mapping]]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ...) -> None: ...
 
 class SpendLine(_message.Message):
-    __slots__ = ("tenant", "job", "day", "fingerprint", "asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds", "money_nanos", "currency", "nanos_per_sample")
+    __slots__ = ("tenant", "job", "day", "fingerprint", "asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds", "money_nanos", "currency", "nanos_per_sample", "candidates")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     DAY_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +351,7 @@ class SpendLine(_message.Message):
     MONEY_NANOS_FIELD_NUMBER: _ClassVar[int]
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
     NANOS_PER_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     job: str
     day: str
@@ -360,4 +365,5 @@ class SpendLine(_message.Message):
     money_nanos: int
     currency: str
     nanos_per_sample: int
-    def __init__(self, tenant: _Optional[str] = ..., job: _Optional[str] = ..., day: _Optional[str] = ..., fingerprint: _Optional[str] = ..., asked: _Optional[int] = ..., computed: _Optional[int] = ..., cached: _Optional[int] = ..., coalesced: _Optional[int] = ..., flops: _Optional[float] = ..., device_nanoseconds: _Optional[int] = ..., money_nanos: _Optional[int] = ..., currency: _Optional[str] = ..., nanos_per_sample: _Optional[int] = ...) -> None: ...
+    candidates: int
+    def __init__(self, tenant: _Optional[str] = ..., job: _Optional[str] = ..., day: _Optional[str] = ..., fingerprint: _Optional[str] = ..., asked: _Optional[int] = ..., computed: _Optional[int] = ..., cached: _Optional[int] = ..., coalesced: _Optional[int] = ..., flops: _Optional[float] = ..., device_nanoseconds: _Optional[int] = ..., money_nanos: _Optional[int] = ..., currency: _Optional[str] = ..., nanos_per_sample: _Optional[int] = ..., candidates: _Optional[int] = ...) -> None: ...

@@ -155,18 +155,34 @@ class TeacherClient:
         )
 
     def label(
-        self, x: Samples, *, request_id: str = "", cache_mode: CacheMode = "use", look_up_first: bool = False
+        self,
+        x: Samples,
+        *,
+        request_id: str = "",
+        cache_mode: CacheMode = "use",
+        look_up_first: bool = False,
+        candidates: int = 0,
     ) -> Answer:
         """The answers to the n samples `x` [n, ...] (or a mapping of named inputs), in their order.
 
         Values travel as they are: uint8 is raw pixels, floats are normalised as `describe()` says. The same
         `request_id` with the same samples is charged once. `look_up_first` sends keys before samples, and then only
         those samples whose answers are not cached: worth its round trip where many are, and samples are large.
+        `candidates`: of how many samples these were chosen (0: all of them are here); the ledger tells by it what
+        selection saves.
         """
-        return self.submit(x, request_id=request_id, cache_mode=cache_mode, look_up_first=look_up_first).result()
+        return self.submit(
+            x, request_id=request_id, cache_mode=cache_mode, look_up_first=look_up_first, candidates=candidates
+        ).result()
 
     def submit(
-        self, x: Samples, *, request_id: str = "", cache_mode: CacheMode = "use", look_up_first: bool = False
+        self,
+        x: Samples,
+        *,
+        request_id: str = "",
+        cache_mode: CacheMode = "use",
+        look_up_first: bool = False,
+        candidates: int = 0,
     ) -> "Future[Answer]":
         """Like `label`, without waiting for the answer; blocks while `window` parts are in flight.
 
@@ -183,6 +199,9 @@ class TeacherClient:
         description = self.describe()
         inputs = named_arrays(x, description)
         n = count(inputs)
+        if candidates and candidates < n:
+            raise ValueError(f"candidates is {candidates}, of which {n} are asked about: give n or more, or 0")
+        unasked = max(0, candidates - n)
         bounds = list(pairwise([*range(0, n, self._part_size(inputs, description)), n]))
         whole = Whole(len(bounds))
         for number, (start, stop) in enumerate(bounds):
@@ -193,7 +212,8 @@ class TeacherClient:
                 break
             # A copy: the caller may write into his own meanwhile.
             samples = {name: np.array(array[start:stop]) for name, array in inputs.items()}
-            part = self._pool.submit(partial(self._answered, samples, how, description, whole))
+            left_out = unasked * stop // n - unasked * start // n  # the parts' sum is the whole
+            part = self._pool.submit(partial(self._answered, samples, left_out, how, description, whole))
             part.add_done_callback(lambda _: self._window.release())
             whole.add(number, part)
         return whole.future
@@ -219,15 +239,15 @@ class TeacherClient:
         return min(most, fitting, limits.max_samples_per_query)
 
     def _answered(
-        self, samples: dict[str, Array], how: _How, description: pb.TeacherDescription, whole: Whole
+        self, samples: dict[str, Array], unasked: int, how: _How, description: pb.TeacherDescription, whole: Whole
     ) -> Answer:
         """The answer to one part of a query, in a thread of the pool: it waits for calls, never for another part."""
         if not (how.request_id or how.look_up_first):
-            return self._labelled(samples, "", how, description)
+            return self._labelled(samples, unasked, "", how, description)
         keys = sample_keys(description.fingerprint, samples)
         if not how.look_up_first:
-            return self._labelled(samples, self._part_id(how, keys), how, description)
-        known = self._looked_up(keys, description)
+            return self._labelled(samples, unasked, self._part_id(how, keys), how, description)
+        known = self._looked_up(keys, description, unasked)  # who may have nothing left to ask tells it here
         missing = (~known.found).nonzero()[:, 0].tolist()
         if not missing and known.answer is not None:
             return known.answer
@@ -235,7 +255,7 @@ class TeacherClient:
             raise TeacherUnavailable("nobody waits for this query any more")
         misses = {name: array[missing] for name, array in samples.items()}
         part_id = self._part_id(how, [keys[place] for place in missing])
-        asked = self._labelled(misses, part_id, how, description)
+        asked = self._labelled(misses, 0, part_id, how, description)
         return asked if known.answer is None else interleaved(known.found, known.answer, asked)
 
     def _part_id(self, how: _How, keys: Sequence[bytes]) -> str:
@@ -249,7 +269,7 @@ class TeacherClient:
         return f"{how.request_id}/{blake3(asked).hexdigest(length=_DIGEST_BYTES)}"
 
     def _labelled(
-        self, samples: dict[str, Array], part_id: str, how: _How, description: pb.TeacherDescription
+        self, samples: dict[str, Array], unasked: int, part_id: str, how: _How, description: pb.TeacherDescription
     ) -> Answer:
         request = pb.LabelRequest(
             teacher=self._teacher,
@@ -259,16 +279,18 @@ class TeacherClient:
             expected_fingerprint=description.fingerprint,
             cache_mode=_CACHE_MODES[how.cache_mode],
             cache_namespace=self._namespace,
+            candidates=unasked and unasked + count(samples),
         )
         return decoded(self._call("Label", request), count(samples), description, self._spec)
 
-    def _looked_up(self, keys: Sequence[bytes], description: pb.TeacherDescription) -> Lookup:
+    def _looked_up(self, keys: Sequence[bytes], description: pb.TeacherDescription, unasked: int = 0) -> Lookup:
         request = pb.LookupRequest(
             teacher=self._teacher,
             keys=keys,
             outputs=[self._spec],
             expected_fingerprint=description.fingerprint,
             cache_namespace=self._namespace,
+            candidates=unasked and unasked + len(keys),
         )
         return decoded_lookup(self._call("Lookup", request), len(keys), description, self._spec)
 

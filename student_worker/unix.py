@@ -27,7 +27,7 @@ _VERSION = 1
 class Teacher(Protocol):
     """All that Unix wants of a teacher; a TeacherClient is one. Blocks, and is called from several threads at once."""
 
-    def label(self, x: Tensor, *, request_id: str, cache_mode: Literal["use", "bypass"]) -> Answer: ...
+    def label(self, x: Tensor, *, request_id: str, cache_mode: Literal["use", "bypass"], candidates: int) -> Answer: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +239,7 @@ class Unix:
             self.scored += 0 if logits is None else len(x)
             self.asked += len(mixed)
         sent = self._to_teacher(mixed)
-        ask = partial(self._teacher.label, sent, request_id=request_id, cache_mode=self._cache_mode)
+        ask = partial(self._teacher.label, sent, request_id=request_id, cache_mode=self._cache_mode, candidates=len(x))
         answer = ask if pool is None else pool.submit(ask).result
         return _Query(request_id, step, recipe, self._to_student(mixed), y, index, logits, answer)
 

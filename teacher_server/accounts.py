@@ -6,12 +6,13 @@ jobs would take longer than replicas wait for an answer.
 
 import asyncio
 import json
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -21,13 +22,14 @@ from protos.wire import MalformedMessage
 from teacher_server.auth import Caller
 from teacher_server.budgets import budget_message, budget_states
 from teacher_server.errors import InvalidQuery, LedgerUnavailable
-from teacher_server.script import PLATFORM, run
+from teacher_server.script import PLATFORM, forgotten_at, run
 from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable
 
 COLUMNS = ("asked", "computed", "cached", "coalesced", "device_nanoseconds", "money_nanos")
 """What the ledger counts; FLOPs follow from the computed samples and their teacher."""
 _FIRST_DAY, _LAST_DAY = "0001-01-01", "9999-12-31"
 _ATTEMPTS = 3
+_LATE_SECONDS = 600.0  # hours that are forgotten so soon may be gone while we look
 _VALUES_AT_ONCE = 20_000  # some ten milliseconds of Redis
 _Line = tuple[str, str, str, str, str, str]  # tenant, job, day, fingerprint, price, currency
 
@@ -78,6 +80,7 @@ class Snapshot:
             for name, kind, values in self.keys
             if kind == "hash"
         }
+        self._strings = {name: str(values[0]) for name, kind, values in self.keys if kind == "string" and values}
 
     def lines(self, job: str = "") -> list[pb.SpendLine]:
         """What was spent, by tenant, job, day, fingerprint and price, in that order.
@@ -111,6 +114,13 @@ class Snapshot:
             problems.append(f"forwarded {forwarded} samples, but the accounts hold {sum(accounts.values())}")
         if busy != nanoseconds:
             problems.append(f"the device was busy for {busy} ns, but the accounts hold {nanoseconds} ns")
+        if (since := self._strings.get("hours_since")) is not None:
+            problems += [
+                f"{totals.get(name, 0)} samples {name}, but the lines hold {count}"
+                for name, count in accounts.items()
+                if int(totals.get(name, 0)) != count
+            ]
+            problems += self._hours_astray(since)
         held = self._held()
         for name, fields in self._hashes.items():
             if name.startswith("budget:"):
@@ -122,7 +132,11 @@ class Snapshot:
     def _lines(self) -> list[pb.SpendLine]:
         lines: dict[_Line, pb.SpendLine] = {}
         for key, column, count in self._counts():
-            setattr(lines.setdefault(key, _line(key)), column, count)
+            line = lines.setdefault(key, _line(key))
+            if column in {"asked", "unasked"}:
+                line.candidates += count
+            if column != "unasked":
+                setattr(line, column, count)
         for line in lines.values():
             line.flops = line.computed * float(self._hashes.get(f"teacher:{line.fingerprint}", {}).get("flops", 0))
         return [lines[key] for key in sorted(lines)]
@@ -134,6 +148,22 @@ class Snapshot:
                 for field, count in fields.items():
                     job, fingerprint, price, currency, column = field.split("\t")
                     yield (tenant, job, day, fingerprint, price, currency), column, int(count)
+
+    def _hours_astray(self, since: str) -> Iterator[str]:
+        """Days after `since` whose hours are still kept, and do not sum to their lines."""
+        soon = time.time() + _LATE_SECONDS
+        for name, fields in self._hashes.items():
+            _, _, place = name.partition("lines:")
+            tenant, _, day = place.partition(":")
+            if not place or day <= since or forgotten_at(day) < soon:
+                continue
+            sums: Counter[str] = Counter()
+            for field, count in self._hashes.get(f"hours:{place}", {}).items():
+                sums[field.partition("\t")[2]] += int(count)
+            for field in sorted(fields.keys() | sums.keys()):
+                if sums[field] != int(fields.get(field, 0)):
+                    job, *_, column = field.split("\t")
+                    yield f"{tenant} {job} {day}: {fields.get(field, 0)} {column}, but its hours sum to {sums[field]}"
 
     def _held(self) -> Counter[tuple[str, str]]:
         """What leases hold, by a budget's key and instance."""
@@ -172,21 +202,25 @@ async def snapshot(
     Days are UTC, "2026-01-31", both included; "" stands for all. Raises StoreUnavailable.
     """
     if not everything:
-        return Snapshot(await _lines_by_day(store, tenant, since or _FIRST_DAY, until or _LAST_DAY))
+        return Snapshot(await lines_by_day(store, tenant, since or _FIRST_DAY, until or _LAST_DAY))
     recent = datetime.now(UTC).date() - timedelta(days=1)
     over = (recent - timedelta(days=1)).isoformat()
     for attempt in range(_ATTEMPTS):
-        keys = await _lines_by_day(store, "", _FIRST_DAY, over)
+        keys = await lines_by_day(store, "", _FIRST_DAY, over, ("lines", "hours"))
         rest = await run(store, "snapshot", tenant="", since=recent.isoformat(), until=_LAST_DAY, all=True)
-        whole = Snapshot([*(key for key in keys if key[0].startswith("lines:")), *rest])  # Lua's empty list is a dict
+        whole = Snapshot(
+            [*(key for key in keys if key[0].startswith(("lines:", "hours:"))), *rest]
+        )  # Lua's empty list is a dict
         # Contradictions may also mean that a replica which had been away has just posted something of days long over.
         if attempt + 1 == _ATTEMPTS or not whole.verify()[1]:
             break
     return whole
 
 
-async def _lines_by_day(store: Store, tenant: str, since: str, until: str) -> list[list[Any]]:
-    """Keys as a snapshot has them: lines, and the teachers that they are of."""
+async def lines_by_day(
+    store: Store, tenant: str, since: str, until: str, kinds: Sequence[str] = ("lines",)
+) -> list[list[Any]]:
+    """Keys as a snapshot has them: lines (or hours, or both), and the teachers that they are of."""
 
     async def members(name: str) -> list[str]:
         return sorted(member.decode() for member in await store.command("SMEMBERS", LEDGER_PREFIX + name))
@@ -198,7 +232,8 @@ async def _lines_by_day(store: Store, tenant: str, since: str, until: str) -> li
     teachers = await members("teachers")
     names = [f"teacher:{teacher}" for teacher in teachers]
     for whose in [tenant] if tenant else await members("tenants"):
-        names += [f"lines:{whose}:{day}" for day in await members(f"days:{whose}") if since <= day <= until]
+        days = [day for day in await members(f"days:{whose}") if since <= day <= until]
+        names += [f"{kind}:{whose}:{day}" for day in days for kind in kinds]
     return [["teachers", "set", teachers], *await asyncio.gather(*map(key, names))]
 
 
@@ -207,18 +242,28 @@ async def restore(store: Store, keys: list[list[Any]], who: str) -> None:
 
     The lines, which may be of years, are brought there first, in parts, and all of it takes effect in one step.
     """
-    lines = [key for key in keys if key[0].startswith("lines:") and key[2]]
+    soon = time.time() + _LATE_SECONDS
+    lines = [[*key[:3], forgets] for key in keys if key[2] and (forgets := _staged(key[0], soon)) is not None]
     part: list[list[Any]] = []
     for key in lines:
         part.append(key)
-        if key is lines[-1] or sum(len(values) for _, _, values in part) >= _VALUES_AT_ONCE:
+        if key is lines[-1] or sum(len(values) for _, _, values, _ in part) >= _VALUES_AT_ONCE:
             await run(store, "stage", keys=part)
             part = []
-    rest = [key for key in keys if not key[0].startswith("lines:")]
-    if not await run(store, "restore", staged=[name for name, _, _ in lines], keys=rest, who=who):
+    rest = [key for key in keys if not key[0].startswith(("lines:", "hours:"))]
+    if not await run(store, "restore", staged=[key[0] for key in lines], keys=rest, who=who):
         raise InvalidQuery(
             "the ledger is not empty: restore into a new one that no server has used yet, lest spend be counted twice"
         )
+
+
+def _staged(name: str, soon: float) -> int | Literal[False] | None:
+    """When a key of lines or hours is forgotten, False for never; None for another key, or one that is late already."""
+    kind, _, place = name.partition(":")
+    if kind == "lines":
+        return False
+    forgets = forgotten_at(place.partition(":")[2]) if kind == "hours" else 0
+    return forgets if forgets > soon else None
 
 
 def _unreadable(error: StoreUnavailable) -> LedgerUnavailable:

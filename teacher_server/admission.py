@@ -26,6 +26,7 @@ _MAX_ENVELOPE_BYTES = 16 * 1024
 _MAX_LOOKUP_BYTES = 2 * 2**20  # far more keys than one lookup may have
 _MAX_INPUTS = 16
 _MAX_OUTPUTS = 4
+_MAX_CANDIDATES = 10**6  # larger than any batch; the ledger counts exactly to 2^53
 _MAX_TENSOR_FIELDS = 16  # a name, a dtype, data, and axes, which may come one by one
 _KNOWN_OUTPUTS = ("logits",)
 _INPUTS = pb.LabelRequest.DESCRIPTOR.fields_by_name["inputs"].number
@@ -38,11 +39,13 @@ class Admitted(NamedTuple):
     inputs: dict[str, Array]  # [n, ...] each
     samples: int  # n
     specs: list[pb.OutputSpec]
+    unasked: int  # candidates without these
 
 
 class AdmittedLookup(NamedTuple):
     keys: list[bytes]  # 16 bytes each
     specs: list[pb.OutputSpec]
+    unasked: int
 
 
 def check_message(kind: type[Request], message: bytes) -> None:
@@ -138,7 +141,7 @@ def admit(request: pb.LabelRequest, description: pb.TeacherDescription) -> Admit
         samples = len(next(iter(inputs.values())))
         _check_size("inputs", "samples", samples, specs, description)
         check_inputs(inputs, description)
-    return Admitted(inputs, samples, specs)
+    return Admitted(inputs, samples, specs, _unasked(request, "samples", samples))
 
 
 def admit_lookup(request: pb.LookupRequest, description: pb.TeacherDescription) -> AdmittedLookup:
@@ -154,7 +157,19 @@ def admit_lookup(request: pb.LookupRequest, description: pb.TeacherDescription) 
                 raise MalformedMessage(
                     f"keys[{number}]: {len(key)} bytes; a key has {KEY_BYTES}, as protos/keys.py makes it"
                 )
-    return AdmittedLookup(list(request.keys), specs)
+    return AdmittedLookup(list(request.keys), specs, _unasked(request, "keys", len(request.keys)))
+
+
+def _unasked(request: pb.LabelRequest | pb.LookupRequest, what: str, asked: int) -> int:
+    """Those from which the student chose, without those that it asks about."""
+    if not request.candidates:
+        return 0
+    if not asked <= request.candidates <= _MAX_CANDIDATES:
+        raise InvalidQuery(
+            f"candidates: {request.candidates}, and asked about are {asked} {what} of them; give the size of the batch "
+            f"that these were chosen from, {asked} to {max(asked, _MAX_CANDIDATES)}, or 0 where none were left out"
+        )
+    return request.candidates - asked
 
 
 def _check_teacher_and_namespace(

@@ -85,6 +85,7 @@ class Flights:
             asked=len(outcome.sources),
             cached=outcome.count(pb.SOURCE_CACHED),
             coalesced=outcome.count(pb.SOURCE_COALESCED),
+            unasked=0 if waiter.replayed else query.unasked,  # they were counted with the first answer
             request=waiter.request,
         )
         return outcome

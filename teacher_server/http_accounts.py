@@ -27,7 +27,7 @@ class _Refusal(BaseModel):
     detail: str
 
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": _Refusal, "description": "what was given is not understood"},
     401: {"model": _Refusal, "description": "no token, or one that is not known"},
     403: {"model": _Refusal, "description": "not with this token's role"},
@@ -67,7 +67,7 @@ def routes(guard: Guard, books: Books) -> APIRouter:
         await set_budget(books.store, tenant, job, unit, period, limit=None, who=f"http:{asker.tenant}")
 
     # The scheme is for the page of the docs alone: it lets one give a token there.
-    router = APIRouter(responses=_REFUSALS, dependencies=[Security(HTTPBearer(auto_error=False))])
+    router = APIRouter(responses=REFUSALS, dependencies=[Security(HTTPBearer(auto_error=False))])
     anyone, admin = Depends(guard.anyone), Depends(guard.admin)
 
     @router.get("/v1/spend", summary="What was spent, as the Spend call gives it")

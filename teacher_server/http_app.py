@@ -1,4 +1,4 @@
-"""The HTTP side: probes, metrics, the teacher's description, spend and budgets (http_accounts.py), OpenAPI docs."""
+"""The HTTP side: probes, metrics, the teacher; spend and budgets (http_accounts.py), usage (http_usage.py), pages."""
 
 import asyncio
 import socket
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from google.protobuf import json_format
 from google.rpc import code_pb2
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
 
@@ -26,6 +27,8 @@ from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServer
 from teacher_server.http_accounts import routes
 from teacher_server.http_connections import Connection, Listener, Patience
 from teacher_server.http_guard import Guard
+from teacher_server.http_page import add_pages
+from teacher_server.http_usage import usage_routes
 from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_server.places import Places
 from teacher_server.service import Service
@@ -51,9 +54,15 @@ _HANDSHAKE_SECONDS = 10.0
 
 
 def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, books: Books) -> FastAPI:
-    app = FastAPI(title="Preceptor teacher", description="A shared teacher for knowledge distillation.")
+    app = FastAPI(
+        title="Preceptor teacher",
+        description="A shared teacher for knowledge distillation.",
+        docs_url=None,  # theirs load scripts from another host; http_page.py has ours
+        redoc_url=None,
+    )
 
     app.add_middleware(_SmallBodies)
+    app.add_middleware(GZipMiddleware, minimum_size=2048, compresslevel=5)
     app.add_middleware(LoggedRequests)
     _answer_errors(app)
 
@@ -89,6 +98,8 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
         return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
 
     app.include_router(routes(guard, books))
+    app.include_router(usage_routes(guard, books, service))
+    add_pages(app)
     return app
 
 

@@ -23,7 +23,8 @@ class Guard:
         identity = self._identify(request)
         if not identity.sees_all:
             self._authenticator.refuse(
-                f"only a viewer or an admin may see this; this token of tenant {identity.tenant!r} is a student's"
+                f"only a viewer or an admin may see this; this token of tenant {identity.tenant!r} is a student's, "
+                "whose own spend is at /v1/spend"
             )
         return identity
 

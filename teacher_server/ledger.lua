@@ -3,6 +3,8 @@
 --   tenants                     set     those with lines
 --   days:TENANT                 set     "2026-01-31", UTC
 --   lines:TENANT:DAY            hash    JOB FINGERPRINT PRICE CURRENCY COLUMN -> count (fields joined by tabs)
+--   hours:TENANT:DAY            hash    HOUR and then as in lines -> count; forgotten after some weeks
+--   hours_since                 string  the day after which all hours are there; "" where there was no ledger before
 --   owners                      set     "TENANT\tJOB" of all budgets; a tenant's own has no job
 --   budgets:TENANT\tJOB         set     "UNIT\tPERIOD"
 --   budget:TENANT\tJOB\tUNIT\tPERIOD   hash   limit, spent:INSTANCE, held:INSTANCE; an instance is a day, month or "total"
@@ -11,7 +13,8 @@
 --   request:TENANT\tJOB\tID     hash    digest, finished, paid: positions of the query that were charged, "0-15,32-47"
 --   teacher:FINGERPRINT         hash    name, flops, price, currency
 --   epochs                      hash    a replica's run -> its last posting that was applied, and RUN\tforwarded -> samples
---   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid
+--   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid; and
+--                                       charged, wasted, own: the sums of the lines' computed samples
 --   version                     count   of changes of budgets
 --   audit                       stream  changes of budgets and prices
 --   restoring:NAME                      a key of a backup that is being put back
@@ -91,10 +94,14 @@ local function audit(...)
   call('XADD', P .. 'audit', '*', ...)
 end
 
--- line: tenant, job, day, fingerprint, price, currency
+-- line: tenant, job, day, hour, forget (when its hours are dropped), fingerprint, price, currency
 local function count(line, column, amount)
   if amount == 0 then return end
   local field = table.concat({line.job, line.fingerprint, whole(line.price), line.currency, column}, TAB)
+  local hours = P .. 'hours:' .. line.tenant .. ':' .. line.day
+  if call('HINCRBY', hours, line.hour .. TAB .. field, whole(amount)) == amount then
+    call('EXPIREAT', hours, whole(line.forget))
+  end
   if call('HINCRBY', P .. 'lines:' .. line.tenant .. ':' .. line.day, field, whole(amount)) == amount then
     call('SADD', P .. 'days:' .. line.tenant, line.day)
     call('SADD', P .. 'tenants', line.tenant)
@@ -102,10 +109,29 @@ local function count(line, column, amount)
 end
 
 local function waste(line, reason, samples, nanoseconds)
-  local platform = {tenant = '_platform', job = reason, day = line.day, fingerprint = line.fingerprint, price = 0,
-                    currency = line.currency}
+  local platform = {tenant = '_platform', job = reason, day = line.day, hour = line.hour, forget = line.forget,
+                    fingerprint = line.fingerprint, price = 0, currency = line.currency}
+  increase(P .. 'totals', 'wasted', samples)
   count(platform, 'computed', samples)
   count(platform, 'device_nanoseconds', nanoseconds)
+end
+
+-- A ledger that was begun by a version without hours and without sums of its accounts: the sums are made once.
+local function begin_sums()
+  local since = ''
+  for _, tenant in ipairs(call('SMEMBERS', P .. 'tenants')) do
+    for _, day in ipairs(call('SMEMBERS', P .. 'days:' .. tenant)) do
+      if day > since then since = day end
+      local values = call('HGETALL', P .. 'lines:' .. tenant .. ':' .. day)
+      for i = 1, #values, 2 do
+        local account, column = string.match(values[i], '^([^/\t]*).*\t([^\t]*)$')
+        if column == 'computed' then
+          increase(P .. 'totals', tenant == '_platform' and account or 'charged', tonumber(values[i + 1]))
+        end
+      end
+    end
+  end
+  call('SET', P .. 'hours_since', since)
 end
 
 -- The set of positions that a text such as "0-15,32-47" stands for, and back.
@@ -168,6 +194,7 @@ local function charge(line, entry)
     call('PEXPIRE', request, whole(args.request_ms))
   end
   count(line, 'computed', owed)
+  increase(P .. 'totals', line.tenant == '_platform' and string.match(line.job, '^[^/]*') or 'charged', owed)
   count(line, 'money_nanos', owed * line.price)
   count(line, 'device_nanoseconds', share)
   if owed < samples then waste(line, reason, samples - owed, nanoseconds - share) end
@@ -225,9 +252,10 @@ function operations.apply()
     call('HSET', P .. 'epochs', args.epoch, whole(applied))
   end
   if args.posting == applied + 1 then
+    if call('EXISTS', P .. 'hours_since') == 0 then begin_sums() end
     for _, line in ipairs(args.lines) do
       for _, entry in ipairs(line.charges) do charge(line, entry) end
-      for _, column in ipairs({'asked', 'cached', 'coalesced'}) do count(line, column, line[column]) end
+      for _, column in ipairs({'asked', 'cached', 'coalesced', 'unasked'}) do count(line, column, line[column]) end
       for _, id in ipairs(line.finished) do
         local key = P .. 'request:' .. line.tenant .. TAB .. line.job .. TAB .. id
         call('HSET', key, 'finished', 1)
@@ -341,13 +369,16 @@ function operations.snapshot()
   local tenants = args.tenant ~= '' and {args.tenant} or call('SMEMBERS', P .. 'tenants')
   for _, tenant in ipairs(tenants) do
     for _, day in ipairs(call('SMEMBERS', P .. 'days:' .. tenant)) do
-      if day >= args.since and day <= args['until'] then take('lines:' .. tenant .. ':' .. day) end
+      if day >= args.since and day <= args['until'] then
+        take('lines:' .. tenant .. ':' .. day)
+        if args.all then take('hours:' .. tenant .. ':' .. day) end
+      end
     end
     if args.all then take('days:' .. tenant) end
   end
   for _, fingerprint in ipairs(take('teachers')) do take('teacher:' .. fingerprint) end
   if args.all then
-    for _, name in ipairs({'tenants', 'totals', 'epochs', 'version', 'audit'}) do take(name) end
+    for _, name in ipairs({'tenants', 'totals', 'epochs', 'version', 'audit', 'hours_since'}) do take(name) end
     for _, owner in ipairs(take('owners')) do
       for _, kind in ipairs(take('budgets:' .. owner)) do take('budget:' .. owner .. TAB .. kind) end
     end
@@ -358,12 +389,13 @@ function operations.snapshot()
   return found
 end
 
--- {keys}: hashes of a snapshot, kept apart until `restore`
+-- {keys}: hashes of a snapshot, and when each is forgotten or false, kept apart until `restore`
 function operations.stage()
   for _, key in ipairs(args.keys) do
     local name, values = P .. 'restoring:' .. key[1], key[3]
     call('DEL', name)
     for i = 1, #values, 2 do call('HSET', name, values[i], values[i + 1]) end
+    if key[4] then call('EXPIREAT', name, whole(key[4])) end
   end
   return true
 end

@@ -29,7 +29,7 @@ from teacher_server.errors import InvalidQuery, LedgerUnavailable
 from teacher_server.journal import Journal, LeftBehind, Record, left_behind
 from teacher_server.postings import Charge, Entry, Request, Waste, booked, charged, posting, settle
 from teacher_server.purses import Hold, Purses
-from teacher_server.script import PLATFORM, run, today
+from teacher_server.script import PLATFORM, run, this_hour
 from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable
 
 _MAX_REQUEST_ID = 256
@@ -180,28 +180,48 @@ class Ledger:
 
     def book(self, number: int, charges: Sequence[Charge], wasted: Sequence[Waste]) -> None:
         """What became of the forward pass of that number: its samples and nanoseconds are the sums of the parts'."""
-        lines = []
+        lines, now = [], this_hour()
         for charge in charges:
+            # What was held of a day's budget is that day's, also where it is computed after midnight.
+            hour = now if now.startswith(charge.hold.day) else f"{charge.hold.day}T23"
             request_id = charge.request.id if charge.request else ""
             part = Entry(request_id, charge.samples, charge.nanoseconds, charge.hold.lease, charge.positions)
-            lines.append(booked(charge.caller, charge.hold.day, charges=[part]))
+            lines.append(booked(charge.caller, hour, charges=[part]))
             self._unsettled[charge.caller] += charge.samples
         for waste in wasted:
             part = Entry("", waste.samples, waste.nanoseconds, "", "")
-            lines.append(booked(Caller(PLATFORM, waste.account), today(), charges=[part]))
+            lines.append(booked(Caller(PLATFORM, waste.account), now, charges=[part]))
         parts: list[Charge | Waste] = [*charges, *wasted]
         totals = [sum(part.samples for part in parts), sum(part.nanoseconds for part in parts)]
         self._booked += totals[0]
         self._record({"lines": lines, "totals": totals}, number)
 
     def answered(
-        self, caller: Caller, *, asked: int, cached: int, coalesced: int, request: Request | None = None
+        self,
+        caller: Caller,
+        *,
+        asked: int,
+        cached: int,
+        coalesced: int,
+        unasked: int = 0,
+        request: Request | None = None,
     ) -> None:
-        """A query has its answers; the same request id costs nothing from here on."""
+        """A query has its answers; the same request id costs nothing from here on.
+
+        `unasked` are the samples that the student had to choose from, and left.
+        """
         finished = [request.id] if request else []
         if request and asked > cached + coalesced:
             self._finished[caller, request.id] = request.digest
-        line = booked(caller, today(), asked=asked, cached=cached, coalesced=coalesced, finished=finished)
+        line = booked(
+            caller,
+            this_hour(),
+            asked=asked,
+            cached=cached,
+            coalesced=coalesced,
+            unasked=unasked,
+            finished=finished,
+        )
         self._record({"lines": [line], "totals": [0, 0]}, None)
 
     def budgets(self, caller: Caller) -> list[pb.Budget]:

@@ -15,6 +15,7 @@ _PER = {"total": "in all", "day": "a day", "month": "a month"}
 class _Sum:
     """Of some lines."""
 
+    candidates: int = 0
     asked: int = 0
     computed: int = 0
     cached: int = 0
@@ -25,14 +26,26 @@ class _Sum:
     """1e-9 of each currency."""
 
     def add(self, line: pb.SpendLine) -> None:
-        for column in ("asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds"):
+        for column in ("candidates", "asked", "computed", "cached", "coalesced", "flops", "device_nanoseconds"):
             setattr(self, column, getattr(self, column) + getattr(line, column))
         self.money[line.currency] = self.money.get(line.currency, 0) + line.money_nanos
 
 
 def spend_table(lines: Iterable[pb.SpendLine]) -> str:
     """What tenants spent: a row for each tenant, job and day, and sums below."""
-    heads = ["tenant", "job", "day", "asked", "computed", "cached", "coalesced", "GFLOPs", "device s", "money"]
+    heads = [
+        "tenant",
+        "job",
+        "day",
+        "candidates",
+        "asked",
+        "computed",
+        "cached",
+        "coalesced",
+        "GFLOPs",
+        "device s",
+        "money",
+    ]
     lines = list(lines)
     rows = _sums(lines, lambda line: (line.tenant, line.job, line.day))
     totals = {(tenant, "", "all days"): total for (tenant,), total in _sums(lines, lambda line: (line.tenant,)).items()}
@@ -49,7 +62,7 @@ def platform_table(lines: Iterable[pb.SpendLine]) -> str:
     numbers = _numbers(accounts.values())
     rows = []
     for (account,) in accounts:
-        _, samples, _, _, gflops, seconds, _ = next(numbers)
+        _, _, samples, _, _, gflops, seconds, _ = next(numbers)
         rows.append([account, samples, gflops, seconds])
     return _table(["not charged", "samples", "GFLOPs", "device s"], rows, [], 1)
 
@@ -131,7 +144,7 @@ def _numbers(sums: Iterable[_Sum]) -> Iterator[list[str]]:
     places = max((_places(nanos) for s in sums for nanos in s.money.values()), default=2)
     for s, g, t in zip(sums, gflops, seconds, strict=True):
         money = " + ".join(_money(nanos, currency, places) for currency, nanos in sorted(s.money.items()))
-        counts = [f"{count:,}" for count in (s.asked, s.computed, s.cached, s.coalesced)]
+        counts = [f"{count:,}" for count in (s.candidates, s.asked, s.computed, s.cached, s.coalesced)]
         yield [*counts, f"{g:,.{_decimals(gflops)}f}", f"{t:,.{_decimals(seconds)}f}", money]
 
 

@@ -12,7 +12,7 @@ from teacher_server.auth import Caller
 from teacher_server.config import LedgerConfig
 from teacher_server.journal import LeftBehind, Record
 from teacher_server.purses import Hold
-from teacher_server.script import PLATFORM, run, today
+from teacher_server.script import PLATFORM, forgotten_at, run, this_hour
 from teacher_server.store import Store
 
 
@@ -69,38 +69,41 @@ def runs(positions: Iterable[int]) -> str:
 
 def booked(
     caller: Caller,
-    day: str,
+    hour: str,
     *,
     charges: Sequence[Entry] = (),
     asked: int = 0,
     cached: int = 0,
     coalesced: int = 0,
+    unasked: int = 0,
     finished: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What one caller did on one day."""
+    """What one caller did in one hour, as `this_hour` gives it. `unasked` are candidates that he did not ask about."""
     return {
         "tenant": caller.tenant,
         "job": caller.job,
-        "day": day,
+        "hour": hour,
         "charges": charges,
         "asked": asked,
         "cached": cached,
         "coalesced": coalesced,
+        "unasked": unasked,
         "finished": finished,
     }
 
 
 def posting(records: Iterable[Record], fingerprint: str, price: int, currency: str) -> dict[str, Any]:
-    """The sum of some records: a line per caller and day, a charge per request id and lease."""
+    """The sum of some records: a line per caller and hour, a charge per request id and lease."""
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
     charges: dict[tuple[str, str, str], dict[tuple[str, str], tuple[list[int], list[str]]]] = {}
     totals = [0, 0]
     for record in records:
         totals = [total + more for total, more in zip(totals, record["totals"], strict=True)]
         for part in record["lines"]:
-            key = (part["tenant"], part["job"], part["day"])
-            line = lines.setdefault(key, booked(Caller(part["tenant"], part["job"]), part["day"], finished=[]))
-            for column in ("asked", "cached", "coalesced"):
+            hour = part["hour"]
+            key = (part["tenant"], part["job"], hour)
+            line = lines.setdefault(key, booked(Caller(part["tenant"], part["job"]), hour, finished=[]))
+            for column in ("asked", "cached", "coalesced", "unasked"):
                 line[column] += part[column]
             line["finished"] = [*line["finished"], *part["finished"]]
             for entry in (Entry(*charge) for charge in part["charges"]):
@@ -109,12 +112,14 @@ def posting(records: Iterable[Record], fingerprint: str, price: int, currency: s
                 sums[1] += entry.nanoseconds
                 if entry.positions:
                     places.append(entry.positions)
-    for (tenant, job, day), line in lines.items():
+    for (tenant, job, hour), line in lines.items():
         own = tenant == PLATFORM
+        day = hour[: len("2026-01-31")]
+        line |= {"day": day, "hour": hour[-2:], "forget": forgotten_at(day)}
         line |= {"fingerprint": fingerprint, "price": 0 if own else price, "currency": currency}
         line["charges"] = [
             Entry(request_id, sums[0], sums[1], lease, ",".join(places))
-            for (request_id, lease), (sums, places) in charges.get((tenant, job, day), {}).items()
+            for (request_id, lease), (sums, places) in charges.get((tenant, job, hour), {}).items()
         ]
     return {"lines": list(lines.values()), "totals": totals}
 
@@ -137,7 +142,7 @@ async def settle(store: Store, left: LeftBehind, config: LedgerConfig) -> None:
     """
     if left.wasted:
         part = Entry("", left.wasted, 0, "", "")
-        lines = [booked(Caller(PLATFORM, "wasted/crash"), today(), charges=[part])]
+        lines = [booked(Caller(PLATFORM, "wasted/crash"), this_hour(), charges=[part])]
         left.postings[max(left.postings)].append({"lines": lines, "totals": [left.wasted, 0]})
     teacher, applied = left.header, -1
     while applied < max(left.postings):

@@ -135,19 +135,21 @@ class Service:
         self._check_ready()
         check_fields(request)
         teacher = self._teacher(request.teacher)
-        keys, specs = admit_lookup(request, teacher.description)
+        keys, specs, unasked = admit_lookup(request, teacher.description)
         cached = teacher.cache.keys(caller, request.cache_namespace, keys)
         found = await teacher.cache.get(cached)
         there = [False] * len(keys)
         for row in found.rows.tolist():
             there[row] = True
         reply = pb.LookupResponse(fingerprint=teacher.description.fingerprint, found=there)
-        if samples := len(found.rows):
+        samples = len(found.rows)
+        if samples or unasked:
+            teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0, unasked=unasked)
+        if samples:
             counters = self._metrics.of(caller)
             counters.asked.inc(samples)
             counters.sources["cached"].inc(samples)
             teacher.cache.used(caller, cached, samples)
-            teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0)
             reply.answers.extend(await beside_the_loop(found.logits.nbytes, _encode, found.logits, specs))
         return reply
 
@@ -200,7 +202,7 @@ class Service:
             return error.with_traceback(None)
 
     async def _answer(self, teacher: Served, caller: Caller, asked: _Asked) -> pb.LabelResponse:
-        inputs, samples, specs = asked.content
+        inputs, samples, specs, unasked = asked.content
         request = await teacher.books.begin(caller, asked.request_id, asked.digest) if asked.request_id else None
         counters = self._metrics.of(caller)
         keys = None
@@ -209,7 +211,14 @@ class Service:
         writes = asked.mode in {pb.CACHE_MODE_UNSPECIFIED, pb.CACHE_MODE_USE}
         outcome = await teacher.flights.answer(
             Query(
-                caller, inputs, keys, writes, request, accepted=lambda: counters.asked.inc(samples), trail=asked.trail
+                caller,
+                inputs,
+                keys,
+                writes,
+                request,
+                unasked,
+                accepted=lambda: counters.asked.inc(samples),
+                trail=asked.trail,
             )
         )
         for source, name in _SOURCES.items():

@@ -40,7 +40,14 @@ class Books(Protocol):
         """What became of the forward pass of that number; the charges' holds have been paid from."""
 
     def answered(
-        self, caller: Caller, *, asked: int, cached: int, coalesced: int, request: Request | None = None
+        self,
+        caller: Caller,
+        *,
+        asked: int,
+        cached: int,
+        coalesced: int,
+        unasked: int = 0,
+        request: Request | None = None,
     ) -> None:
         """A query has its answers; or, without `request`, it ended with no more of them than those it had paid for."""
 

@@ -118,7 +118,7 @@ class CountingBooks:
         self.booked[number] = sum(part.samples for part in (*charges, *wasted))
         self.nanoseconds += sum(part.nanoseconds for part in (*charges, *wasted))
 
-    def answered(self, caller, *, asked, cached, coalesced, request=None):
+    def answered(self, caller, *, asked, cached, coalesced, unasked=0, request=None):
         self.replies.append((caller, asked, cached, coalesced))
 
     def budgets(self, caller):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from teacher_server.auth import Caller
 from teacher_server.postings import Entry, booked, posting
-from teacher_server.script import PLATFORM, run, today
+from teacher_server.script import PLATFORM, run, this_hour
 from teacher_server.store import LEDGER_PREFIX, Store
 from tests.redis_servers import running
 
@@ -38,20 +38,33 @@ async def teacher(store, price=PRICE, currency="EUR"):
 
 
 async def charge(
-    store, caller, samples, day=None, *, price=PRICE, cached=0, coalesced=0, nanoseconds=None, currency="EUR"
+    store,
+    caller,
+    samples,
+    when=None,
+    *,
+    price=PRICE,
+    cached=0,
+    coalesced=0,
+    unasked=0,
+    nanoseconds=None,
+    currency="EUR",
 ):
-    """One posting: so many samples charged to a caller (or to the platform's account of that name)."""
+    """One posting: so many samples charged to a caller (or to the platform's account of that name).
+
+    `when` is a UTC hour, or a day, which stands for its noon.
+    """
     nanoseconds = 1000 * samples if nanoseconds is None else nanoseconds
     counts = {} if caller.tenant == PLATFORM else {"asked": samples + cached + coalesced}
-    counts |= {"cached": cached, "coalesced": coalesced}
-    line = booked(
-        caller, day or today(), charges=[Entry("", samples, nanoseconds, "", "")] if samples else [], **counts
-    )
+    counts |= {"cached": cached, "coalesced": coalesced, "unasked": unasked}
+    hour = when or this_hour()
+    hour = hour if "T" in hour else f"{hour}T12"
+    line = booked(caller, hour, charges=[Entry("", samples, nanoseconds, "", "")] if samples else [], **counts)
     record = {"lines": [line], "totals": [samples, nanoseconds]}
     await post(store, [record], price, currency)
 
 
-async def post(store, records, price=PRICE, currency="EUR", epoch="e"):
+async def post(store, records, price=PRICE, currency="EUR", epoch="e", fingerprint=FINGERPRINT):
     number = int(await store.command("HGET", f"{LEDGER_PREFIX}epochs", epoch) or 0) + 1
     reply = await run(
         store,
@@ -59,7 +72,7 @@ async def post(store, records, price=PRICE, currency="EUR", epoch="e"):
         epoch=epoch,
         base=0,
         posting=number,
-        **posting(records, FINGERPRINT, price, currency),
+        **posting(records, fingerprint, price, currency),
         release=[],
         renew=[],
         lease_ms=10_000,
@@ -72,7 +85,7 @@ async def post(store, records, price=PRICE, currency="EUR", epoch="e"):
 async def fill(store):
     """Two tenants, three days, two prices, and the platform's own."""
     await teacher(store)
-    await charge(store, RED, 1000, "2026-01-30", cached=200, coalesced=50)
+    await charge(store, RED, 1000, "2026-01-30", cached=200, coalesced=50, unasked=350)
     await charge(store, RED, 500, "2026-01-31")
     await charge(store, RED, 70, "2026-01-31", price=2 * PRICE)
     await charge(store, Caller("red", "other"), 3, "2026-02-01")

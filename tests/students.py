@@ -27,19 +27,21 @@ class LocalTeacher:
         self.network = net(99, width=64, classes=classes).eval().requires_grad_(False)
         self.description = description or pb.TeacherDescription()
         self.asked = {}
+        self.candidates = 0
 
     def answer(self, x):
         return self.network(x.float())
 
-    def label(self, x, *, request_id, cache_mode):
+    def label(self, x, *, request_id, cache_mode, candidates):
         assert request_id not in self.asked
+        self.candidates += candidates
         self.asked[request_id] = (x.clone(), cache_mode)
         return Answer(logits=self.answer(x), sources=("computed",) * len(x), description=self.description)
 
 
 class TopKTeacher(LocalTeacher):
-    def label(self, x, *, request_id, cache_mode):
-        logits = super().label(x, request_id=request_id, cache_mode=cache_mode).logits
+    def label(self, x, **how):
+        logits = super().label(x, **how).logits
         values, indices = logits.topk(2, dim=1)
         tail = 1 - (logits / 4).softmax(1).gather(1, indices).sum(1)
         return Answer(logits=TopK(values, indices, tail, 4.0), description=self.description)
@@ -97,7 +99,7 @@ class GatedTeacher(LocalTeacher):
         self.gate = threading.Event()
         self.begun = threading.Semaphore(0)
 
-    def label(self, x, *, request_id, cache_mode):
+    def label(self, x, **how):
         self.begun.release()
         assert self.gate.wait(30)
-        return super().label(x, request_id=request_id, cache_mode=cache_mode)
+        return super().label(x, **how)

@@ -127,6 +127,7 @@ def test_spend_is_the_contracts_message_in_json(full):
                 "job": "b",
                 "day": day,
                 "fingerprint": "f" * 32,
+                "candidates": str(asked),
                 "asked": str(asked),
                 "computed": str(computed),
                 "cached": str(asked - computed),
@@ -413,6 +414,8 @@ def test_all_calls_are_documented(api):
     assert {(method.upper(), path) for path, calls in paths.items() for method in calls if "v1" in path} == {
         ("GET", "/v1/teacher"),
         ("GET", "/v1/spend"),
+        ("GET", "/v1/usage"),
+        ("GET", "/v1/usage.csv"),
         ("GET", "/v1/budgets"),
         ("GET", "/v1/budgets/{tenant}"),
         ("PUT", "/v1/budgets/{tenant}"),
@@ -423,6 +426,6 @@ def test_all_calls_are_documented(api):
     for path, calls in paths.items():
         for call in calls.values():
             assert call["summary"]
-            if "spend" in path or "budgets" in path:
+            if "spend" in path or "budgets" in path or "usage" in path:
                 assert {"400", "401", "403", "503"} <= call["responses"].keys()
                 assert "422" not in call["responses"]

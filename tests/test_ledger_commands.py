@@ -19,25 +19,28 @@ from tests.spending import BLUE, FINGERPRINT, PRICE, RED, charge, shown, using
 # ---------------------------------------------------------------- show
 
 
+SHOWN = """\
+tenant       job      day         candidates  asked  computed  cached  coalesced  GFLOPs  device s       money
+blue         b        2026-01-31          12     12         0      12          0       0  0.000000  0.0000 EUR
+                      2026-02-01          40     40        40       0          0      80  0.000040  0.0600 EUR
+red          other    2026-02-01           3      3         3       0          0       6  0.000003  0.0045 EUR
+             sweep/a  2026-01-30       1,600  1,250     1,000     200         50   2,000  0.001000  1.5000 EUR
+                      2026-01-31         570    570       570       0          0   1,140  0.000570  0.9600 EUR
+--------------------------------------------------------------------------------------------------------------
+blue                  all days            52     52        40      12          0      80  0.000040  0.0600 EUR
+red                   all days         2,173  1,823     1,573     200         50   3,146  0.001573  2.4645 EUR
+all tenants           all days         2,225  1,875     1,613     212         50   3,226  0.001613  2.5245 EUR
+
+not charged   samples  GFLOPs  device s
+own/warm-up        64   128.0  0.000064
+wasted/crash        7    14.0  0.000000
+
+forwarded 1684 = charged 1613 + wasted 7 + own 64
+"""
+
+
 def test_show_is_a_table_with_sums(full):
-    assert shown(full, "show") == (
-        "tenant       job      day         asked  computed  cached  coalesced  GFLOPs  device s       money\n"
-        "blue         b        2026-01-31     12         0      12          0       0  0.000000  0.0000 EUR\n"
-        "                      2026-02-01     40        40       0          0      80  0.000040  0.0600 EUR\n"
-        "red          other    2026-02-01      3         3       0          0       6  0.000003  0.0045 EUR\n"
-        "             sweep/a  2026-01-30  1,250     1,000     200         50   2,000  0.001000  1.5000 EUR\n"
-        "                      2026-01-31    570       570       0          0   1,140  0.000570  0.9600 EUR\n"
-        "--------------------------------------------------------------------------------------------------\n"
-        "blue                  all days       52        40      12          0      80  0.000040  0.0600 EUR\n"
-        "red                   all days    1,823     1,573     200         50   3,146  0.001573  2.4645 EUR\n"
-        "all tenants           all days    1,875     1,613     212         50   3,226  0.001613  2.5245 EUR\n"
-        "\n"
-        "not charged   samples  GFLOPs  device s\n"
-        "own/warm-up        64   128.0  0.000064\n"
-        "wasted/crash        7    14.0  0.000000\n"
-        "\n"
-        "forwarded 1684 = charged 1613 + wasted 7 + own 64\n"
-    )
+    assert shown(full, "show") == SHOWN
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_filters_choose_what_is_shown_and_what_is_exported(full, filters, days, 
     text = shown(full, "show", *filters)
     assert {word for word in text.split() if word.startswith("2026-")} == days
     sums = [line for line in text.splitlines() if "all days" in line]
-    assert int(sums[-1].split("all days")[1].split()[0].replace(",", "")) == asked
+    assert int(sums[-1].split("all days")[1].split()[1].replace(",", "")) == asked
     assert "forwarded" not in text
     rows = list(csv.DictReader(io.StringIO(shown(full, "export", *filters))))
     assert {line["day"] for line in rows} - {"2026-01-30", "2026-02-01"} == days - {"2026-01-30", "2026-02-01"}
@@ -154,6 +157,7 @@ def test_a_file_that_cannot_be_written_is_an_error(full, tmp_path):
             [
                 "red other 2026-02-01: 4500000 nanos for 4 samples at 1500000",
                 "forwarded 1684 samples, but the accounts hold 1685",
+                "1613 samples charged, but the lines hold 1614",
                 "budget of red (samples, total): 1573 spent in total, but its lines sum to 1574",
             ],
         ),

@@ -308,7 +308,7 @@ def test_where_the_line_of_a_posting_is_not_readable_the_next_one_has_it_all(tmp
     log = Journal(tmp_path / "replica", "epoch", {"fingerprint": "f", "price": 0, "currency": "EUR"})
     for posting in range(1, 4):
         part = Entry("", posting, 0, "", "")
-        log.record({"lines": [booked(FREE, "2026-01-31", charges=[part])], "totals": [posting, 0]})
+        log.record({"lines": [booked(FREE, "2026-01-31T12", charges=[part])], "totals": [posting, 0]})
         log.posted(posting)
     log.close()
     (path,) = (tmp_path / "replica").iterdir()

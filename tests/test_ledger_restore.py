@@ -76,7 +76,7 @@ def test_a_backup_of_years_goes_back_in_parts_and_takes_effect_at_once(
     async def watched(store, operation, **arguments):
         if operation == "stage":
             assert (await snapshot(store)).lines() == []
-            parts.append(sum(len(values) for _, _, values in arguments["keys"]))
+            parts.append(sum(len(values) for _, _, values, _ in arguments["keys"]))
         if operation == "restore" and used_meanwhile:
             await charge(store, RED, 1, "2026-01-30")
         return await run(store, operation, **arguments)
@@ -133,7 +133,7 @@ def left_behind(directory, postings=True):
     journal = Journal(directory / "journal", "gone-1", header)
 
     def done(caller, samples):
-        part = booked(caller, "2026-02-01", charges=[Entry("", samples, 1000, "", "")])
+        part = booked(caller, "2026-02-01T12", charges=[Entry("", samples, 1000, "", "")])
         journal.record({"lines": [part], "totals": [samples, 1000]}, journal.forwarding(samples))
 
     done(RED, 5)

@@ -109,10 +109,10 @@ def test_closing_drops_what_is_pending_and_waits_for_nobody():
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_an_error_of_the_teacher_comes_where_its_batch_would(depth):
     class Failing(LocalTeacher):
-        def label(self, x, *, request_id, cache_mode):
+        def label(self, x, *, request_id, **how):
             if request_id.endswith("/2"):
                 raise TeacherUnavailable("gone")
-            return super().label(x, request_id=request_id, cache_mode=cache_mode)
+            return super().label(x, request_id=request_id, **how)
 
     unix = Unix(Failing())
     batches = unix.batches(data(6), net(1), depth)
