@@ -116,6 +116,18 @@ class Batcher:
         with self._changed:
             return self._queue.depth()
 
+    def fullest(self) -> float:
+        """Which part of its bound, in samples or bytes, the fullest queue of a job or tenant has taken: 0 to 1."""
+        with self._changed:
+            (job_samples, job_bytes), (tenant_samples, tenant_bytes) = self._queue.largest()
+        bounds = self._config
+        return max(
+            job_samples / bounds.max_queue_size,
+            job_bytes / bounds.max_queue_bytes,
+            tenant_samples / bounds.max_tenant_queue_size,
+            tenant_bytes / bounds.max_tenant_queue_bytes,
+        )
+
     def submit(
         self,
         tenant: str,

@@ -44,8 +44,12 @@ class Engine:
         max_batch_size: int,
         *,
         pad: bool | None = None,
+        on_out_of_memory: Callable[[], object] = lambda: None,
     ) -> None:
-        """`pad` forces or forbids padding; None pads on CUDA. Raises ModelError where the device is not there."""
+        """`pad` forces or forbids padding; None pads on CUDA. `on_out_of_memory` is called each time memory runs out.
+
+        Raises ModelError where the device is not there.
+        """
         self.device = _device(config.device)
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
@@ -60,6 +64,7 @@ class Engine:
         if not self._bf16:
             _keep_fp32_exact()
 
+        self._on_out_of_memory = on_out_of_memory
         self._module = module.eval().to(self.device)
         if config.channels_last:
             for tensor in chain(module.parameters(), module.buffers()):
@@ -138,6 +143,7 @@ class Engine:
                 answers.append(self._pass(piece))  # at once: what came before a failure stays
         except torch.OutOfMemoryError:
             self.largest_batch = max(1, self._bucket(min(samples - done, size)) // 2)
+            self._on_out_of_memory()
             raise
 
     def _pass(self, inputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:

@@ -126,7 +126,7 @@ class Calls:
             code = code_pb2.INTERNAL
             raise
         finally:  # counted before the caller hears of it, so that nobody can ask sooner than it stands in /metrics
-            self._metrics.requests.labels(name, code_pb2.Code.Name(code)).inc()
+            self._metrics.request(name, code_pb2.Code.Name(code))
             ended = Ended(
                 call=name,
                 trail=trail,

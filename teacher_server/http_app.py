@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from google.protobuf import json_format
 from google.rpc import code_pb2
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
@@ -27,7 +26,7 @@ from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServer
 from teacher_server.http_accounts import routes
 from teacher_server.http_connections import Connection, Listener, Patience
 from teacher_server.http_guard import Guard
-from teacher_server.metrics import Metrics
+from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_server.places import Places
 from teacher_server.service import Service
 from teacher_server.store import StoreUnavailable
@@ -79,7 +78,7 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
         dependencies=[Depends(guard.viewer)],
     )
     async def prometheus() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get(
         "/v1/teacher",

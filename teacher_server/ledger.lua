@@ -10,7 +10,7 @@
 --   lease:LEASE                 hash    samples, budgets
 --   request:TENANT\tJOB\tID     hash    digest, finished, paid: positions of the query that were charged, "0-15,32-47"
 --   teacher:FINGERPRINT         hash    name, flops, price, currency
---   epochs                      hash    a replica's run -> its last posting that was applied
+--   epochs                      hash    a replica's run -> its last posting that was applied, and RUN\tforwarded -> samples
 --   totals                      hash    forwarded, device_nanoseconds: what replicas measured, whoever paid
 --   version                     count   of changes of budgets
 --   audit                       stream  changes of budgets and prices
@@ -235,6 +235,7 @@ function operations.apply()
       end
     end
     increase(P .. 'totals', 'forwarded', args.totals[1])
+    increase(P .. 'epochs', args.epoch .. TAB .. 'forwarded', args.totals[1])
     increase(P .. 'totals', 'device_nanoseconds', args.totals[2])
     call('HSET', P .. 'epochs', args.epoch, whole(args.posting))
     applied = args.posting
@@ -252,8 +253,8 @@ function operations.apply()
   for _, who in ipairs(args.watch) do
     for _, b in ipairs(budgets_of(who[1], who[2], who[3], 0)) do states[#states + 1] = described(b) end
   end
-  return {applied = applied, version = tonumber(call('GET', P .. 'version') or 0), budgets = states,
-          lost = lost}
+  return {applied = applied, forwarded = get(P .. 'epochs', args.epoch .. TAB .. 'forwarded'),
+          version = tonumber(call('GET', P .. 'version') or 0), budgets = states, lost = lost}
 end
 
 -- {tenant, job, unit, period, day, limit or false, who}: sets or removes one; what was spent already counts

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from redis.exceptions import ResponseError
 
@@ -39,6 +39,20 @@ _FORGET_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
+class LedgerState(NamedTuple):
+    """Of one replica, since its process began."""
+
+    epoch: str
+    forwarded: int
+    """Samples of forward passes that have begun."""
+    taken: int
+    """Of these, samples that Redis says it has booked."""
+    pending: int
+    """Of these, samples under way or in postings of which Redis has not said that it has them."""
+    pending_seconds: float
+    """For how long the oldest record has been waiting to be posted; 0 where none is."""
+
+
 @dataclass
 class _Kept:
     """A posting that Redis may not have on its disk yet."""
@@ -46,6 +60,10 @@ class _Kept:
     content: dict[str, Any]
     samples: Counter[Caller]
     """Of what is not known to be applied yet."""
+    forwarded: int
+    """Samples forwarded, in this and all earlier postings."""
+    since: float
+    """time.monotonic() of its oldest record."""
 
 
 class Ledger:
@@ -73,6 +91,8 @@ class Ledger:
         self._pending: list[Record] = []
         self._kept: dict[int, _Kept] = {}  # by their number
         self._number = self._applied = self._forgotten = 0
+        self._forwarded = self._booked = self._taken = self._booked_and_forgotten = 0  # samples
+        self._pending_since = 0.0
         self._unsettled: Counter[Caller] = Counter()  # charged here, not yet in what Redis says is spent
         self._finished: dict[tuple[Caller, str], bytes] = {}  # paid for here, as Redis is still to hear
         self._version = -1
@@ -81,7 +101,6 @@ class Ledger:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.states = self._purses.states
-        self.forwarding = self._journal.forwarding
 
     async def __aenter__(self) -> Self:
         for left in self._left:
@@ -150,6 +169,15 @@ class Ledger:
         """As `hold`, without asking Redis: None where the purse has less."""
         return self._purses.take(caller, samples)
 
+    def forwarding(self, samples: int) -> int:
+        """Numbers a forward pass that begins. For any thread, one at a time.
+
+        Raises LedgerUnavailable where the journal cannot be written.
+        """
+        number = self._journal.forwarding(samples)
+        self._forwarded += samples
+        return number
+
     def book(self, number: int, charges: Sequence[Charge], wasted: Sequence[Waste]) -> None:
         """What became of the forward pass of that number: its samples and nanoseconds are the sums of the parts'."""
         lines = []
@@ -163,6 +191,7 @@ class Ledger:
             lines.append(booked(Caller(PLATFORM, waste.account), today(), charges=[part]))
         parts: list[Charge | Waste] = [*charges, *wasted]
         totals = [sum(part.samples for part in parts), sum(part.nanoseconds for part in parts)]
+        self._booked += totals[0]
         self._record({"lines": lines, "totals": totals}, number)
 
     def answered(
@@ -186,6 +215,19 @@ class Ledger:
             ),
         )
 
+    def state(self) -> LedgerState:
+        """How far Redis is behind, as far as is known here."""
+        applied = self._kept.get(self._applied)
+        due = self._kept.get(self._applied + 1)
+        since = due.since if due else self._pending_since if self._pending else None
+        return LedgerState(
+            self._epoch,
+            self._forwarded,
+            self._taken,
+            self._forwarded - (applied.forwarded if applied else self._booked_and_forgotten),
+            0.0 if since is None else time.monotonic() - since,
+        )
+
     async def post(self, *, closing: bool = False) -> None:
         """Brings Redis up to date, renews what is held, gives back what is not needed.
 
@@ -196,7 +238,9 @@ class Ledger:
                 self._journal.posted(self._number + 1)
                 self._number += 1
                 records, self._pending = self._pending, []
-                self._kept[self._number] = _Kept(self._content(records), charged(records))
+                self._kept[self._number] = _Kept(
+                    self._content(records), charged(records), self._booked, self._pending_since
+                )
             if self._connected_since != self.store.connected_since:  # Redis may have lost what it had given
                 self._purses.doubt([purse.lease for purse in self._purses.leases()])
                 self._connected_since = self.store.connected_since
@@ -204,7 +248,7 @@ class Ledger:
             while True:
                 reply = await self._apply(self._applied + 1, back)
                 back = []
-                self._note(reply["applied"])
+                self._note(reply["applied"], reply["forwarded"])
                 if self._applied >= self._number:
                     break
             self._purses.learn(reply["budgets"])
@@ -218,6 +262,8 @@ class Ledger:
             self._journal.record(record, number)
         except LedgerUnavailable as error:  # it did happen; Redis can still be told
             _log.error("not in the journal, and lost if this process ends before Redis has it: %s", error)
+        if not self._pending:
+            self._pending_since = time.monotonic()
         self._pending.append(record)
         self._wake.set()
 
@@ -251,8 +297,8 @@ class Ledger:
         self._purses.doubt(reply["lost"])
         return reply
 
-    def _note(self, applied: int) -> None:
-        """Redis has applied so many postings of this epoch."""
+    def _note(self, applied: int, forwarded: int) -> None:
+        """Redis has applied so many postings of this epoch, with so many samples forwarded."""
         if applied < self._applied:
             _log.warning("Redis has lost postings %d to %d; they are repeated", applied + 1, self._applied)
         for number in range(self._applied + 1, applied + 1):
@@ -262,7 +308,7 @@ class Ledger:
                 for line in kept.content["lines"]:
                     for request_id in line["finished"]:
                         self._finished.pop((Caller(line["tenant"], line["job"]), request_id), None)
-        self._applied = applied
+        self._applied, self._taken = applied, forwarded
 
     async def _read_owners(self) -> None:
         reply = await run(self.store, "owners")
@@ -297,9 +343,9 @@ class Ledger:
             if not self._kept and not self._left:
                 continue
             with suppress(StoreUnavailable, ResponseError, OSError):  # a file that stays is settled already
-                settled = [left for left in self._left if await self._applied_of(left.epoch) >= max(left.postings)]
-                applied = await self._applied_of(self._epoch)
-                self._note(applied)  # before another posting's reply can be
+                settled = [left for left in self._left if (await self._of(left.epoch))[0] >= max(left.postings)]
+                applied, forwarded = await self._of(self._epoch)
+                self._note(applied, forwarded)  # before another posting's reply can be
                 known.append((time.time(), applied, settled))
                 first, last = await self.store.durable()
                 while known and known[0][0] < last:
@@ -309,7 +355,8 @@ class Ledger:
 
     def _forget(self, number: int, settled: Iterable[LeftBehind]) -> None:
         for known in range(self._forgotten + 1, number + 1):
-            self._kept.pop(known, None)
+            if (kept := self._kept.pop(known, None)) is not None:
+                self._booked_and_forgotten = kept.forwarded
         self._forgotten = max(self._forgotten, number)
         self._journal.forget(number)
         for left in settled:
@@ -318,5 +365,8 @@ class Ledger:
                 for path in left.paths:
                     path.unlink(missing_ok=True)
 
-    async def _applied_of(self, epoch: str) -> int:
-        return int(await self.store.command("HGET", f"{LEDGER_PREFIX}epochs", epoch) or 0)
+    async def _of(self, epoch: str) -> tuple[int, int]:
+        """Postings that Redis has applied of an epoch, and the samples forwarded in them."""
+        fields = await self.store.command("HMGET", f"{LEDGER_PREFIX}epochs", epoch, f"{epoch}\tforwarded")
+        applied, forwarded = (int(value or 0) for value in fields)
+        return applied, forwarded

@@ -1,175 +1,247 @@
-"""What Prometheus scrapes: process-local, monotone counters that sum over replicas."""
+"""What is counted as it happens: process-local, monotone counters that sum over replicas.
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+gauges.py has what is read when Prometheus scrapes. docs/metrics.md lists both, prometheus/ under deploy/ uses them.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from protos import teacher_pb2 as pb
 from teacher_server.auth import Caller
+from teacher_server.errors import DeviceLost
 
 MAX_JOBS = 200
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # what every Prometheus knows by name
+Read = Callable[[], Iterable[Metric]]
+"""What is read when Prometheus scrapes, on the event loop's thread: quick, and not waiting for anything."""
+
+_IDLE_SECONDS = 3600.0  # after which a job's place may go to another, long after its last counts were scraped
+_OTHER = "other"
 # A second series for each counter, which nobody asks for.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _SAMPLES = tuple(2**i for i in range(13))
 
 
+class JobCounters:
+    """One job's own series, found once: looking them up costs more than counting."""
+
+    def __init__(self, metrics: "Metrics", label: Caller) -> None:
+        self.label = label
+        self.heard = 0.0
+        self.asked = metrics.asked.labels(*label)
+        self.sources = {name: metrics.samples.labels(*label, name) for name in ("computed", "cached", "coalesced")}
+        self.charged = metrics.charged_samples.labels(*label)
+        self.flops = metrics.flops.labels(*label)
+        self.device_seconds = metrics.device_seconds.labels(*label)
+        self._metrics = metrics
+        self._cost: dict[str, Counter] = {}
+        self._queries: dict[str, Counter] = {}
+
+    def cost(self, currency: str) -> Counter:
+        return _child(self._cost, self._metrics.cost, self.label, currency)
+
+    def queries(self, outcome: str) -> Counter:
+        return _child(self._queries, self._metrics.queries, self.label, outcome)
+
+    def remove(self) -> None:
+        """Its series end."""
+        metrics = self._metrics
+        for counter in (metrics.asked, metrics.charged_samples, metrics.flops, metrics.device_seconds):
+            counter.remove(*self.label)
+        for counter, kinds in (
+            (metrics.samples, self.sources),
+            (metrics.cost, self._cost),
+            (metrics.queries, self._queries),
+        ):
+            for kind in kinds:
+                counter.remove(*self.label, kind)
+
+
 class Metrics:
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"preceptor_{name}", what, labels, registry=registry)
+
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"preceptor_{name}", what, registry=registry, buckets=buckets)
+
         job = ("tenant", "job")
-        self.asked = Counter(
-            "preceptor_asked_samples",
-            "Samples admitted for an answer; refused attempts do not count.",
-            job,
-            registry=self.registry,
+        self.asked = counter("asked_samples", "Samples admitted for an answer; refused attempts do not count.", *job)
+        self.samples = counter("samples", "Samples answered, by source.", *job, "source")
+        self.charged_samples = counter("charged_samples", "Samples forwarded that the job was charged for.", *job)
+        self.flops = counter("flops", "Teacher FLOPs of charged samples.", *job)
+        self.device_seconds = counter("device_seconds", "Device time of charged samples.", *job)
+        self.cost = counter("cost", "Price of charged samples, in the currency.", *job, "currency")
+        self.queries = counter(
+            "queries",
+            "Label calls with a known caller, by outcome: answered, or the reason of the refusal in lower case.",
+            *job,
+            "outcome",
         )
-        self.samples = Counter(
-            "preceptor_samples", "Samples answered, by source.", (*job, "source"), registry=self.registry
+        self.platform = counter(
+            "platform_samples", "Samples forwarded and charged to nobody, by why.", "account", "reason"
         )
-        self.flops = Counter("preceptor_flops", "Teacher FLOPs of charged samples.", job, registry=self.registry)
-        self.device_seconds = Counter(
-            "preceptor_device_seconds", "Device time of charged samples.", job, registry=self.registry
-        )
-        self.cost = Counter(
-            "preceptor_cost", "Price of charged samples, in the currency.", (*job, "currency"), registry=self.registry
-        )
-        self.platform = Counter(
-            "preceptor_platform_samples",
-            "Samples forwarded and charged to nobody, by why.",
-            ("account", "reason"),
-            registry=self.registry,
-        )
-        self.cache_hits = Counter("preceptor_cache_hits", "Samples looked up and found.", registry=self.registry)
-        self.cache_misses = Counter("preceptor_cache_misses", "Samples looked up in vain.", registry=self.registry)
-        self.cache_errors = Counter(
-            "preceptor_cache_errors",
+        self.cache_hits = counter("cache_hits", "Samples looked up and found.")
+        self.cache_misses = counter("cache_misses", "Samples looked up in vain.")
+        self.cache_errors = counter(
+            "cache_errors",
             "Samples whose entry was corrupt, whose lookup or write found no Redis (unavailable) or an error of it "
             "(refused), or whose answer was not written since too many were waiting for it (dropped).",
-            ("kind",),
-            registry=self.registry,
+            "kind",
         )
-        self.cache_declined = Counter(
-            "preceptor_cache_declined",
-            "Answers not cached, since their job writes many and uses few (--cache-job-share).",
-            registry=self.registry,
+        self.cache_declined = counter(
+            "cache_declined", "Answers not cached, since their job writes many and uses few (--cache-job-share)."
         )
-        self.duplicates = Counter(
-            "preceptor_duplicate_samples",
-            "Samples computed that were cached by another replica meanwhile.",
-            registry=self.registry,
+        self.duplicates = counter(
+            "duplicate_samples", "Samples computed that were cached by another replica meanwhile."
         )
-        self.requests = Counter(
-            "preceptor_requests", "Calls by their gRPC status code.", ("call", "code"), registry=self.registry
+        self.requests = counter("requests", "Calls by their gRPC status code.", "call", "code")
+        self.device_errors = counter(
+            "device_errors",
+            "Forward passes for which memory ran out (out_of_memory; half the batch may have fitted), that failed "
+            "otherwise or in the end (failed), or in which the device was lost (lost).",
+            "kind",
         )
-        self.authentication_failures = Counter(
-            "preceptor_authentication_failures",
+        self.authentication_failures = counter(
+            "authentication_failures",
             "Attempts without a token (missing), with one that is not known (unknown), or at what its role does not "
             "allow (role).",
-            ("reason",),
-            registry=self.registry,
+            "reason",
         )
-        self.reload_failures = Counter(
-            "preceptor_reload_failures",
+        self.reload_failures = counter(
+            "reload_failures",
             "Changes of a file (tokens, certificates) that could not be read: what was read before is in force.",
-            ("file",),
-            registry=self.registry,
+            "file",
         )
-        self.http_dropped = Counter(
-            "preceptor_http_connections_dropped",
+        self.http_dropped = counter(
+            "http_connections_dropped",
             "HTTP connections refused since there were too many, in all (full) or of one address (address), or cut "
             "since a request did not arrive (slow_request) or a reply was not taken (slow_reader).",
-            ("reason",),
-            registry=self.registry,
+            "reason",
         )
+        self.queue_seconds = histogram("queue_seconds", "From queued to computing.", _SECONDS)
+        self.compute_seconds = histogram("compute_seconds", "Device time of one batch that was answered.", _SECONDS)
+        self.batch_size = histogram("batch_size", "Samples in one batch.", _SAMPLES)
+        # An increase is seen from the second value of a series on, so these begin with 0.
+        for kind in ("corrupt", "unavailable", "refused", "dropped"):
+            self.cache_errors.labels(kind)
+        for kind in ("out_of_memory", "failed", "lost"):
+            self.device_errors.labels(kind)
         for reason in ("full", "address", "slow_request", "slow_reader"):
             self.http_dropped.labels(reason)
         for reason in ("missing", "unknown", "role"):
             self.authentication_failures.labels(reason)
         for file in ("tokens", "certificates"):
             self.reload_failures.labels(file)
-        self.queue_seconds = Histogram(
-            "preceptor_queue_seconds", "From queued to computing.", registry=self.registry, buckets=_SECONDS
-        )
-        self.compute_seconds = Histogram(
-            "preceptor_compute_seconds",
-            "Device time of one batch that was answered.",
-            registry=self.registry,
-            buckets=_SECONDS,
-        )
-        self.batch_size = Histogram(
-            "preceptor_batch_size", "Samples in one batch.", registry=self.registry, buckets=_SAMPLES
-        )
-        self._jobs: set[Caller] = set()
-        self._charged: dict[Caller, tuple[Counter, Counter, Counter]] = {}
+        self._clock = clock
+        self._jobs: OrderedDict[Caller, JobCounters] = OrderedDict()  # the one heard of least lately comes first
+        self._others: dict[str, JobCounters] = {}
+        self._requests: dict[tuple[str, str], Counter] = {}
+        self._reads: list[Read] = []
 
-    def job(self, caller: Caller) -> Caller:
-        """The caller as a label: beyond MAX_JOBS jobs a later one counts under `other`, so that labels stay bounded."""
-        if caller not in self._jobs:
-            if len(self._jobs) >= MAX_JOBS:
-                return Caller(caller.tenant, "other")
-            self._jobs.add(caller)
-        return caller
+    # ------------------------------------------------------------ counting
+
+    def of(self, caller: Caller) -> JobCounters:
+        """The caller's counters. Beyond MAX_JOBS jobs a later one counts under `other`, so that labels stay bounded;
+        one that has been silent for an hour makes room."""
+        if caller.job == _OTHER:
+            return self._other(caller.tenant)
+        counters = self._jobs.get(caller)
+        if counters is None:
+            if len(self._jobs) >= MAX_JOBS and not self._make_room():
+                return self._other(caller.tenant)
+            counters = self._jobs[caller] = JobCounters(self, caller)
+        counters.heard = self._clock()
+        self._jobs.move_to_end(caller)
+        return counters
+
+    def label(self, caller: Caller) -> Caller:
+        """What the caller is called in labels, as things stand."""
+        return caller if caller in self._jobs else Caller(caller.tenant, _OTHER)
+
+    def query(self, caller: Caller, outcome: str) -> None:
+        """One query has ended. One that was never admitted makes no series for its job."""
+        counters = self._jobs.get(caller) or self._other(caller.tenant)
+        counters.queries(outcome.lower()).inc()
+
+    def request(self, call: str, code: str) -> None:
+        """One call has ended with that status code."""
+        counter = self._requests.get((call, code))
+        if counter is None:
+            counter = self._requests[call, code] = self.requests.labels(call, code)
+        counter.inc()
 
     def batch(self, _number: int, parts: list[tuple[object, range]], nanoseconds: int, outcome: object) -> None:
-        """The batcher's on_batch: sizes and times of those batches that were answered."""
-        if not isinstance(outcome, Exception):
-            self.batch_size.observe(sum(len(span) for _, span in parts))
-            self.compute_seconds.observe(nanoseconds / 1e9)
+        """The batcher's on_batch: sizes and times of those batches that were answered, and the failures of others."""
+        if isinstance(outcome, Exception):
+            self.device_errors.labels("lost" if isinstance(outcome, DeviceLost) else "failed").inc()
+            return
+        self.batch_size.observe(sum(len(span) for _, span in parts))
+        self.compute_seconds.observe(nanoseconds / 1e9)
 
     def charged(self, caller: Caller, samples: int, nanoseconds: int, teacher: pb.TeacherDescription) -> None:
         """Samples of one forward pass that the caller pays for."""
-        label = self.job(caller)
-        if (counters := self._charged.get(label)) is None:  # looking them up costs more than all the rest
-            counters = self._charged[label] = (
-                self.flops.labels(*label),
-                self.device_seconds.labels(*label),
-                self.cost.labels(*label, teacher.price.currency),
-            )
-        flops, device_seconds, cost = counters
-        flops.inc(samples * teacher.flops_per_sample)
-        device_seconds.inc(nanoseconds / 1e9)
-        cost.inc(samples * teacher.price.nanos_per_sample / 1e9)
+        counters = self.of(caller)
+        counters.charged.inc(samples)
+        counters.flops.inc(samples * teacher.flops_per_sample)
+        counters.device_seconds.inc(nanoseconds / 1e9)
+        counters.cost(teacher.price.currency).inc(samples * teacher.price.nanos_per_sample / 1e9)
 
-    def watch_queue(self, depth: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        """Exports `depth()`, samples waiting by (tenant, job), as it stands when scraped."""
-        self.registry.register(_QueueDepth(self, depth))
+    def _make_room(self) -> bool:
+        silent = next(iter(self._jobs.values()))
+        if self._clock() - silent.heard < _IDLE_SECONDS:
+            return False
+        silent.remove()
+        del self._jobs[silent.label]
+        return True
 
-    def watch_budgets(self, states: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
-        """Exports what is left of the budgets that were drawn on here, as last heard from the ledger."""
-        self.registry.register(_BudgetsLeft(self, states))
+    def _other(self, tenant: str) -> JobCounters:
+        if tenant not in self._others:
+            self._others[tenant] = JobCounters(self, Caller(tenant, _OTHER))
+        return self._others[tenant]
+
+    # ------------------------------------------------------------ being scraped
+
+    def watch(self, read: Read) -> None:
+        """Exports what `read()` gives at each scrape."""
+        self._reads.append(read)
+
+    def families(self) -> Iterator[Metric]:
+        """Everything, as it stands."""
+        return chain(self.registry.collect(), *(read() for read in self._reads))
+
+    async def page(self) -> bytes:
+        """What Prometheus is answered, of CONTENT_TYPE."""
+        read = [family for read in self._reads for family in read()]
+        # Tens of milliseconds for 200 jobs, in which queries go on.
+        return await asyncio.to_thread(generate_latest, _Page(self.registry, read))
 
 
-class _BudgetsLeft(Collector):
-    def __init__(self, metrics: "Metrics", states: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
-        self._metrics, self._states = metrics, states
+class _Page(Collector):
+    """Counters, and what was read beforehand."""
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        gauge = GaugeMetricFamily(
-            "preceptor_budget_left",
-            "What is left of a budget: samples, or the currency. No job: the tenant's own.",
-            labels=("tenant", "job", "unit", "period"),
-        )
-        for state in self._states():
-            left = max(0.0, state["limit"] - state["spent"]) / (1 if state["unit"] == "samples" else 1e9)
-            gauge.add_metric((state["tenant"], state["job"], state["unit"], state["period"]), left)
-        yield gauge
+    def __init__(self, registry: CollectorRegistry, read: Iterable[Metric]) -> None:
+        self._counted, self._read = registry, read
+
+    def collect(self) -> Iterator[Metric]:
+        return chain(self._counted.collect(), self._read)
 
 
-class _QueueDepth(Collector):
-    def __init__(self, metrics: Metrics, depth: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        self._metrics, self._depth = metrics, depth
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        gauge = GaugeMetricFamily("preceptor_queue_samples", "Samples waiting.", labels=("tenant", "job"))
-        waiting: dict[Caller, int] = {}
-        for (tenant, job), samples in self._depth().items():
-            label = self._metrics.job(Caller(tenant, job))
-            waiting[label] = waiting.get(label, 0) + samples
-        for label, samples in waiting.items():
-            gauge.add_metric(label, samples)
-        yield gauge
+def _child(known: dict[str, Counter], counter: Counter, label: Caller, last: str) -> Counter:
+    if (child := known.get(last)) is None:
+        child = known[last] = counter.labels(*label, last)
+    return child

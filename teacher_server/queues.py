@@ -212,6 +212,16 @@ class FairQueue:
             for job, queue in jobs.children.items()
         }
 
+    def largest(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(samples, bytes) of the job with most of each, and of the tenant with most of each."""
+        tenants = list(self._tenants.children.values())
+        jobs = [job for tenant in tenants for job in tenant.children.values()]
+
+        def most(queues: Sequence[_Source]) -> tuple[int, int]:
+            return max((q.samples for q in queues), default=0), max((q.bytes for q in queues), default=0)
+
+        return most(jobs), most(tenants)
+
     def add(self, query: Query) -> None:
         queue = self._tenants.child(query.tenant).child(query.job)
         queue.queries.append(query)

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
+from teacher_server import gauges
 from teacher_server.access import Ended, log_call
 from teacher_server.accounts import Books
 from teacher_server.auth import Authenticator
@@ -48,11 +49,6 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
     Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
     that does not load, OSError for a port that is taken.
     """
-    if settings.tokens_file is None and not is_loopback(settings.host):
-        raise ValueError(
-            f"host: {settings.host} can be reached from outside and there are no tokens; "
-            "give --tokens-file, or bind 127.0.0.1"
-        )
     metrics = Metrics()
     authenticator = Authenticator.from_file(
         settings.tokens_file,
@@ -60,12 +56,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         not_reloaded=metrics.reload_failures.labels("tokens").inc,
     )
     certificates = Certificates.of(settings, metrics.reload_failures.labels("certificates").inc)
-    if certificates is None and not is_loopback(settings.host):
-        _log.warning(
-            "tokens and samples travel in clear on %s: give --tls-certificate-file and --tls-key-file, or put nothing "
-            "between that may not read them",
-            settings.host,
-        )
+    _check_reach(settings, encrypted=certificates is not None)
     device_lost = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -73,6 +64,8 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         stores = await stack.enter_async_context(open_stores(settings, settings.cache_max_bytes))
         books = Books(stores.ledger)
         service = Service(metrics, books)
+        metrics.watch(gauges.readiness(lambda: service.not_ready))
+        metrics.watch(gauges.stores(stores))
         http = await stack.enter_async_context(
             HttpApp(service, authenticator, metrics, settings, books, certificates=certificates)
         )
@@ -96,10 +89,19 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         teacher = await asyncio.to_thread(load, settings, settings)
         description = teacher.description
         description.limits.CopyFrom(_limits(settings))
-        engine = Engine(teacher.module, description, settings, settings.max_batch_size)
-        ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description))
+        engine = Engine(
+            teacher.module,
+            description,
+            settings,
+            settings.max_batch_size,
+            on_out_of_memory=metrics.device_errors.labels("out_of_memory").inc,
+        )
+        metrics.watch(gauges.teacher(description, settings, engine))
+        ledger = await stack.enter_async_context(_ledger(stores.ledger, settings, description, metrics))
         books.post = ledger.post
-        await _warm_up(engine, ledger, settings)
+        metrics.watch(gauges.budgets(ledger.states))
+        metrics.watch(gauges.ledger(ledger.state))
+        await _warm_up(engine, ledger, metrics, settings)
         cache = await stack.enter_async_context(
             AnswerCache(
                 stores.cache,
@@ -120,7 +122,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             )
         )
         flights = await stack.enter_async_context(Flights(batcher, cache, ledger, metrics, description))
-        metrics.watch_budgets(ledger.states)
+        metrics.watch(gauges.queue(batcher, metrics))
         service.serve(Served(description, batcher, cache, flights, ledger))
         grpc.set_serving(True)
         try:
@@ -137,6 +139,22 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                 await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
             finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
             _log.info("drained" if finished else "gave up draining; what was left is refused")
+
+
+def _check_reach(settings: ServeSettings, *, encrypted: bool) -> None:
+    if is_loopback(settings.host):
+        return
+    if settings.tokens_file is None:
+        raise ValueError(
+            f"host: {settings.host} can be reached from outside and there are no tokens; "
+            "give --tokens-file, or bind 127.0.0.1"
+        )
+    if not encrypted:
+        _log.warning(
+            "tokens and samples travel in clear on %s: give --tls-certificate-file and --tls-key-file, or put nothing "
+            "between that may not read them",
+            settings.host,
+        )
 
 
 @contextmanager
@@ -172,7 +190,9 @@ def _limits(settings: ServeSettings) -> pb.Limits:
 
 
 @asynccontextmanager
-async def _ledger(store: Store, settings: ServeSettings, teacher: pb.TeacherDescription) -> AsyncIterator[Ledger]:
+async def _ledger(
+    store: Store, settings: ServeSettings, teacher: pb.TeacherDescription, metrics: Metrics
+) -> AsyncIterator[Ledger]:
     who = f"serve:{socket.gethostname()}"
     try:
         ledger = Ledger(store, settings, settings.state_directory / "journal", teacher, who=who)
@@ -182,12 +202,13 @@ async def _ledger(store: Store, settings: ServeSettings, teacher: pb.TeacherDesc
     try:
         # The forward pass that measured its FLOPs, before anybody could note that it began.
         ledger.book(ledger.forwarding(1), [], [Waste("own/load", 1, 0)])
+        metrics.platform.labels("own", "load").inc()
         yield ledger
     finally:
         await ledger.__aexit__()
 
 
-async def _warm_up(engine: Engine, ledger: Ledger, settings: ServeSettings) -> None:
+async def _warm_up(engine: Engine, ledger: Ledger, metrics: Metrics, settings: ServeSettings) -> None:
     """What it forwards is our own. Raises ModelError."""
     passes = []
 
@@ -206,6 +227,7 @@ async def _warm_up(engine: Engine, ledger: Ledger, settings: ServeSettings) -> N
     finally:
         for number, samples, nanoseconds in passes:
             ledger.book(number, [], [Waste("own/warm-up", samples, nanoseconds)])
+            metrics.platform.labels("own", "warm-up").inc(samples)
 
 
 async def serve(settings: ServeSettings) -> int:

@@ -79,7 +79,6 @@ class Service:
 
     def serve(self, teacher: Served) -> None:
         self._teachers[teacher.description.name] = teacher
-        self._metrics.watch_queue(teacher.batcher.depth)
         self.not_ready = None
 
     def drain(self, why: str) -> None:
@@ -103,6 +102,23 @@ class Service:
         A query with a request id is computed once for all calls that wait for it, as long as one does: each has its
         own deadline, so what is computed has the last one's.
         """
+        outcome = "internal"
+        try:
+            reply = await self._label(request, caller, deadline, trail or Trail())
+            outcome = "answered"
+        except TeacherServerError as error:
+            outcome = error.reason
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self._metrics.query(caller, outcome)
+        return reply
+
+    async def _label(
+        self, request: pb.LabelRequest, caller: Caller, deadline: float | None, trail: Trail
+    ) -> pb.LabelResponse:
         self._check_ready()
         check_fields(request)
         size = claimed_bytes(request)
@@ -127,9 +143,9 @@ class Service:
             there[row] = True
         reply = pb.LookupResponse(fingerprint=teacher.description.fingerprint, found=there)
         if samples := len(found.rows):
-            label = self._metrics.job(caller)
-            self._metrics.asked.labels(*label).inc(samples)
-            self._metrics.samples.labels(*label, "cached").inc(samples)
+            counters = self._metrics.of(caller)
+            counters.asked.inc(samples)
+            counters.sources["cached"].inc(samples)
             teacher.cache.used(caller, cached, samples)
             teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0)
             reply.answers.extend(await beside_the_loop(found.logits.nbytes, _encode, found.logits, specs))
@@ -186,24 +202,25 @@ class Service:
     async def _answer(self, teacher: Served, caller: Caller, asked: _Asked) -> pb.LabelResponse:
         inputs, samples, specs = asked.content
         request = await teacher.books.begin(caller, asked.request_id, asked.digest) if asked.request_id else None
-        label = self._metrics.job(caller)
+        counters = self._metrics.of(caller)
         keys = None
         if asked.keys is not None and asked.mode != pb.CACHE_MODE_BYPASS:
             keys = teacher.cache.keys(caller, asked.namespace, asked.keys)
         writes = asked.mode in {pb.CACHE_MODE_UNSPECIFIED, pb.CACHE_MODE_USE}
-        count = self._metrics.asked.labels(*label)
         outcome = await teacher.flights.answer(
-            Query(caller, inputs, keys, writes, request, accepted=lambda: count.inc(samples), trail=asked.trail)
+            Query(
+                caller, inputs, keys, writes, request, accepted=lambda: counters.asked.inc(samples), trail=asked.trail
+            )
         )
         for source, name in _SOURCES.items():
             if there := outcome.count(source):
-                self._metrics.samples.labels(*label, name).inc(there)
+                counters.sources[name].inc(there)
         reply = await beside_the_loop(outcome.logits.nbytes, _reply, teacher.description, specs, outcome)
         reply.budgets.extend(teacher.books.budgets(caller))
         return reply
 
 
-def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription, trail: Trail | None) -> _Asked:
+def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription, trail: Trail) -> _Asked:
     """All that takes longer the more samples there are."""
     content = admit(request, description)
     keys, digest = None, b""
@@ -211,9 +228,7 @@ def _look_through(request: pb.LabelRequest, description: pb.TeacherDescription, 
         keys = sample_keys(description.fingerprint, content.inputs)
     if request.request_id and keys is not None:
         digest = _digest(keys, content.specs)
-    return _Asked(
-        content, keys, request.cache_mode, request.cache_namespace, request.request_id, digest, trail or Trail()
-    )
+    return _Asked(content, keys, request.cache_mode, request.cache_namespace, request.request_id, digest, trail)
 
 
 def _digest(keys: list[bytes], specs: list[pb.OutputSpec]) -> bytes:

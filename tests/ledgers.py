@@ -90,6 +90,15 @@ async def eventually(condition):
     raise TimeoutError("the condition did not come true")
 
 
+async def without_answer(store):
+    """Until the store knows that Redis does not answer."""
+
+    async def gone():
+        return not store.available
+
+    await eventually(gone)
+
+
 async def posted(ledger):
     return ledger._applied == ledger._number and not ledger._pending
 

@@ -191,6 +191,25 @@ def test_full_queues_say_whose_how_full_and_which_knob(knobs: dict[str, int], jo
     assert served.depth() == {}
 
 
+@pytest.mark.parametrize(
+    ("bounds", "fullest"),
+    [
+        ({"max_queue_size": 20}, 8 / 20),  # a job's samples
+        ({"max_queue_bytes": 40}, 32 / 40),  # a job's bytes, of samples of 4
+        ({"max_tenant_queue_size": 16}, 11 / 16),  # a tenant's samples
+        ({"max_tenant_queue_bytes": 100}, 44 / 100),  # a tenant's bytes
+        ({}, 8 / 4096),
+    ],
+    ids=str,
+)
+def test_the_fullest_queue_is_told_against_its_bound(bounds, fullest):
+    served = batcher(square, **bounds)
+    assert served.fullest() == 0
+    for tenant, job, samples_of in (("t", "j", 8), ("t", "k", 3), ("u", "j", 5)):
+        served.submit(tenant, job, samples(0, samples_of))
+    assert served.fullest() == fullest
+
+
 def test_a_query_that_can_never_fit_is_not_to_be_retried() -> None:
     served = batcher(square, max_queue_size=10, max_tenant_queue_bytes=32)
     with pytest.raises(InvalidQuery, match=r"11 samples in one query, but job 'j' .* at most 10 .*--max-queue-size"):

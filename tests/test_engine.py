@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,11 @@ def engine(
     max_batch_size: int = 16,
     *,
     pad: bool | None = None,
+    on_out_of_memory: Callable[[], object] = lambda: None,
     **config: Any,
 ) -> Engine:
-    return Engine(module, described, EngineConfig(**{"device": "cpu", **config}), max_batch_size, pad=pad)
+    settings = EngineConfig(**{"device": "cpu", **config})
+    return Engine(module, described, settings, max_batch_size, pad=pad, on_out_of_memory=on_out_of_memory)
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
@@ -222,12 +224,13 @@ def test_what_was_computed_before_memory_ran_out_is_not_computed_again() -> None
 
 
 def test_out_of_memory_again_is_raised_and_the_next_call_is_smaller() -> None:
-    watched = Watched(room=4)
-    served = engine(watched, PLAIN, max_batch_size=16)
+    watched, told = Watched(room=4), []
+    served = engine(watched, PLAIN, max_batch_size=16, on_out_of_memory=lambda: told.append(served.largest_batch))
     x = np.zeros((16, 2), np.float32)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for 8"):
         served.forward({"x": x})
     assert len(served.forward({"x": x})["logits"]) == 16
+    assert told == [8, 4]
     assert watched.sizes == [16, 8, 4, 4, 4, 4]
 
 

@@ -29,18 +29,10 @@ from tests.ledgers import (
     replica,
     stopped,
     waste,
+    without_answer,
 )
 
 FREE = Caller("free", "job")  # a tenant without a budget
-
-
-async def without_answer(store):
-    """Until the store knows that Redis does not answer."""
-
-    async def gone():
-        return not store.available
-
-    await eventually(gone)
 
 
 def test_while_redis_hangs_budgets_are_paid_from_the_purse_and_others_go_on(tmp_path):

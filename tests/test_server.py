@@ -136,6 +136,7 @@ def test_probes_and_refusals_while_the_teacher_loads(tmp_path):
                 with pytest.raises(urllib.error.HTTPError) as unready:
                     page(f"127.0.0.1:{settings['http_port']}", "/readyz")
                 assert (unready.value.code, unready.value.read()) == (503, b"loading the teacher\n")
+                assert "preceptor_ready 0.0\n" in page(f"127.0.0.1:{settings['http_port']}")
         finally:
             LOADING.set()
         assert loading.result(30).grpc_address == address
