@@ -20,6 +20,7 @@ from teacher_server.token_settings import ListTokensSettings, NewTokenSettings, 
 def _serve(settings: ServeSettings) -> int:
     try:
         import asyncio
+        import resource
 
         from teacher_server import logs
         from teacher_server.model import ModelError
@@ -28,6 +29,8 @@ def _serve(settings: ServeSettings) -> int:
         print(f"teacher-server: {error}; install Preceptor with its [server] extra", file=sys.stderr)
         return 1
     logs.configure()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection takes a descriptor; often 1024 are allowed
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return asyncio.run(serve(settings))
     except (ModelError, ValueError, OSError) as error:
