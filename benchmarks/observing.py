@@ -108,7 +108,7 @@ def main() -> int:
                     "the same, as served without --otlp-endpoint": lambda: off(ended()),
                     "the same, as served with it": lambda: on(ended()),
                 }
-                rounds = [{name: timed(act, 0.1) for name, act in ways.items()} for _ in range(ROUNDS + 1)][1:]
+                rounds = [{name: timed(act, 0.3) for name, act in ways.items()} for _ in range(ROUNDS + 1)][1:]
         finally:
             collector.terminate()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")

@@ -20,6 +20,7 @@ from teacher_server.token_settings import ListTokensSettings, NewTokenSettings, 
 def _serve(settings: ServeSettings) -> int:
     try:
         import asyncio
+        import resource
 
         from teacher_server.log_lines import logging_to
         from teacher_server.model import ModelError
@@ -27,6 +28,8 @@ def _serve(settings: ServeSettings) -> int:
     except ModuleNotFoundError as error:
         print(f"teacher-server: {error}; install Preceptor with its [server] extra", file=sys.stderr)
         return 1
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection takes a descriptor; often 1024 are allowed
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         with logging_to(sys.stderr):
             return asyncio.run(serve(settings))

@@ -71,17 +71,27 @@ class Health:
         with _place(self._reading, context) as lacking:
             if lacking:
                 await _refuse(context)
-            try:
-                async with asyncio.timeout(_READING_SECONDS):
-                    message = await context.read()
-            except TimeoutError:
-                message = None
-        if not isinstance(message, bytes) or len(message) > _MAX_MESSAGE_BYTES:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no HealthCheckRequest, or one that is too large")
-        try:
-            return str(pb.HealthCheckRequest.FromString(message).service)
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this is no HealthCheckRequest")
+            name = await _named(context)
+        if name is None:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"no HealthCheckRequest of at most {_MAX_MESSAGE_BYTES} bytes"
+            )
+        return name
+
+
+async def _named(context: _Context) -> str | None:
+    """The service that a call's message names. Nothing else keeps the message: an error's traceback would."""
+    try:
+        async with asyncio.timeout(_READING_SECONDS):
+            message = await context.read()
+    except TimeoutError:
+        return None
+    if not isinstance(message, bytes) or len(message) > _MAX_MESSAGE_BYTES:
+        return None
+    try:
+        return str(pb.HealthCheckRequest.FromString(message).service)
+    except DecodeError:
+        return None
 
 
 def _serialized(reply: pb.HealthCheckResponse) -> bytes:

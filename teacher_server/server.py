@@ -49,11 +49,6 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
     Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
     that does not load, OSError for a port that is taken.
     """
-    if settings.tokens_file is None and not is_loopback(settings.host):
-        raise ValueError(
-            f"host: {settings.host} can be reached from outside and there are no tokens; "
-            "give --tokens-file, or bind 127.0.0.1"
-        )
     metrics = Metrics()
     authenticator, certificates = _guards(settings, metrics)
     device_lost = asyncio.Event()
@@ -141,14 +136,22 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
 
 
 def _guards(settings: ServeSettings, metrics: Metrics) -> tuple[Authenticator, Certificates | None]:
-    """Who may come in, and by which certificate they know us. Raises OSError or ValueError for unusable files."""
+    """Who may come in, and by which certificate they know us. Raises OSError or ValueError for unusable files, and
+    ValueError where anybody could come in from outside."""
     authenticator = Authenticator.from_file(
         settings.tokens_file,
         failed=lambda reason: metrics.authentication_failures.labels(reason).inc(),
         not_reloaded=metrics.reload_failures.labels("tokens").inc,
     )
     certificates = Certificates.of(settings, metrics.reload_failures.labels("certificates").inc)
-    if certificates is None and not is_loopback(settings.host):
+    if is_loopback(settings.host):
+        return authenticator, certificates
+    if settings.tokens_file is None:
+        raise ValueError(
+            f"host: {settings.host} can be reached from outside and there are no tokens; "
+            "give --tokens-file, or bind 127.0.0.1"
+        )
+    if certificates is None:
         _log.warning(
             "tokens and samples travel in clear on %s: give --tls-certificate-file and --tls-key-file, or put nothing "
             "between that may not read them",

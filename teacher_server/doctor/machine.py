@@ -84,15 +84,13 @@ def _cuda(settings: ServeSettings, build: str) -> Iterator[Finding]:
 
 def descriptors(settings: ServeSettings) -> Iterator[Finding]:
     """Both ports take so many connections."""
-    limit, hardest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a start goes up to the hard limit by itself
     wanted = 2 * settings.max_connections + _OTHER_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and limit < wanted:
-        enough = hardest == resource.RLIM_INFINITY or hardest >= wanted
         yield note(
             "descriptors",
             f"{limit} file descriptors for up to {settings.max_connections} connections on each of two ports",
-            f"{f'ulimit -n {wanted}' if enough else f'raise the hard limit to {wanted}'} before the start "
-            "(LimitNOFILE= in systemd), or lower --max-connections",
+            f"raise the hard limit to {wanted} (ulimit -Hn, LimitNOFILE= in systemd), or lower --max-connections",
         )
     else:
         many = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit}"
