@@ -191,7 +191,7 @@ class Service:
         writes = asked.mode in {pb.CACHE_MODE_UNSPECIFIED, pb.CACHE_MODE_USE}
         count = self._metrics.asked.labels(*label)
         outcome = await teacher.flights.answer(
-            Query(caller, inputs, keys, writes, request, unasked, accepted=lambda: count.inc(samples))
+            Query(caller, inputs, keys, writes, request, lambda: count.inc(samples), unasked)
         )
         for source, name in _SOURCES.items():
             if there := outcome.count(source):
