@@ -216,8 +216,8 @@ class Service:
                 keys,
                 writes,
                 request,
-                unasked,
                 accepted=lambda: counters.asked.inc(samples),
+                unasked=unasked,
                 trail=asked.trail,
             )
         )

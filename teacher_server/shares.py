@@ -49,11 +49,11 @@ class Query:
     """Whether what is computed is cached."""
     request: Request | None = None
     """Its request id, if it has one."""
-    unasked: int = 0
-    """Samples from which the student chose these, without these."""
     accepted: Callable[[], None] = _nothing
     """Called once, when all of it is under way for others, what it lacks waits for its turn, or it has its answers:
     refused attempts do not count."""
+    unasked: int = 0
+    """Samples from which the student chose these, without these."""
     trail: Trail = field(default_factory=Trail)
     """Of the call that asks."""
 

@@ -17,7 +17,7 @@ from tests.students import LocalTeacher, data, net
 
 def line(server, job):
     (found,) = json.loads(get(server, f"/v1/spend?job={job}"))["lines"]
-    return {name: int(found[name]) for name in ("candidates", "asked", "computed", "cached")}
+    return {name: int(found[name]) for name in ("candidates", "asked", "computed", "cached", "coalesced")}
 
 
 @pytest.mark.parametrize("mixing", ["adaptive", "none", "uniform"])
@@ -48,7 +48,7 @@ def test_the_parts_of_a_query_add_up(server, first):
         teacher.label(x, candidates=1001, look_up_first=first)
         found = line(server, job)
         assert (found["candidates"], found["asked"]) == (300 + 1001, 1000)
-        assert (found["computed"], found["cached"]) == (700, 300)
+        assert (found["computed"], found["cached"] + found["coalesced"]) == (700, 300)
         teacher.label(x, candidates=800, look_up_first=first)  # all of them are known
         assert line(server, job)["candidates"] == 300 + 1001 + 800
 

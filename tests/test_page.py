@@ -160,6 +160,7 @@ def test_what_a_tenant_chose_is_told_by_job(browser, platform):
         assert page.inner_text("#spend-title") == "Spend over time, by job"
         assert on_page(page) == {who: counts for who, counts in books(url).items() if who[0] == "red"}
         page.click("#spend-details summary")
+        page.wait_for_selector("#spend-table thead th")
         heads = page.eval_on_selector_all("#spend-table thead th", "cells => cells.map(c => c.textContent)")
         assert heads == ["Hour (UTC)", "kd/0", "kd/1", "unix"]
         for days in ("days=7", "days=30"):
@@ -247,6 +248,7 @@ def test_nothing_keeps_anybody_out(browser, busy, scheme, size):
         page = one.open().shown()
         for details in ("#spend-details", "#sources-details"):
             page.click(f"{details} summary")
+            page.wait_for_selector(f"{details} thead th")
         one.check_accessible()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
 
@@ -293,6 +295,7 @@ def test_an_empty_ledger_says_what_to_do_next(browser, tmp_path):
         assert page.inner_text("#empty-title") == "Nothing was spent in this range"
         assert 'TeacherClient("127.0.0.1:8001", job="my-run")' in page.inner_text("#first-lines")
         assert page.is_hidden("#filled")
+        assert page.inner_text("#tenant") == "All tenants"
         one.check_accessible()
         one.check_quiet()
 

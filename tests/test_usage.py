@@ -2,7 +2,9 @@
 
 import asyncio
 import csv
+import gzip
 import io
+import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
 
@@ -261,6 +263,22 @@ def test_everything_forbids_what_a_page_of_figures_must_not_do(api):  # noqa: F8
             assert reply.headers["x-content-type-options"] == "nosniff"
             assert reply.headers["referrer-policy"] == "no-referrer"
             assert reply.headers["cache-control"] == cached
+
+
+def test_files_of_the_page_are_not_sent_again_while_they_are_the_same(api):  # noqa: F811
+    address = f"http://{api.address}/page/page.css"
+    with urllib.request.urlopen(address, timeout=10) as reply:
+        body, etag = reply.read(), reply.headers["etag"]
+    with urllib.request.urlopen(
+        urllib.request.Request(address, headers={"accept-encoding": "gzip"}), timeout=10
+    ) as reply:
+        assert reply.headers["content-encoding"] == "gzip"
+        assert gzip.decompress(reply.read()) == body
+    with pytest.raises(urllib.error.HTTPError, match="304"):
+        urllib.request.urlopen(urllib.request.Request(address, headers={"if-none-match": etag}), timeout=10)
+    for name in ("missing.js", "../http_page.py", "%2e%2e/http_page.py", "vendor"):
+        status, reply = api("GET", f"/page/{name}")
+        assert (status, reply["reason"]) == (404, "NOT_FOUND")
 
 
 def test_a_day_of_fifty_jobs_is_small_on_its_way(api):  # noqa: F811

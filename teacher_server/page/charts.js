@@ -34,7 +34,8 @@ export function measures(currencies) {
     ...spend,
     { value: "computed", label: "samples computed", of: (sum) => sum.computed, exact: (sum) => count(sum.computed),
       axis: (number) => compact.format(number) },
-    { value: "device", label: "device time", of: (sum) => Number(sum.device) / 1e9, exact: (sum) => duration(sum.device),
+    { value: "device", label: "device time",
+      of: (sum) => Number(sum.device) / 1e9, exact: (sum) => duration(sum.device),
       axis: (number) => duration(BigInt(Math.round(number * 1e9))) },
     { value: "flops", label: "FLOPs", of: (sum) => sum.flops, exact: (sum) => flops(sum.flops), axis: flops },
   ];
@@ -64,10 +65,11 @@ class Bars {
     Object.assign(this, { usage, series, axis, extra });
     const labels = usage.periods.map((name) => period(name, true));
     const datasets = series.map(({ label, colour, sums, of }) => ({
-      label, data: sums.map(of), backgroundColor: css(colour), borderColor: css("--card"), borderWidth: { top: 1 },
-      borderSkipped: false, borderRadius: 2, categoryPercentage: 0.86, barPercentage: 1,
+      label, data: sums.map(of), backgroundColor: css(colour), hoverBackgroundColor: css(colour),
+      borderColor: css("--card"), hoverBorderColor: css("--card"), borderWidth: { top: 1 }, borderSkipped: false,
+      borderRadius: 2, categoryPercentage: 0.86, barPercentage: 1,
     }));
-    if (!this.chart) this.chart = new globalThis.Chart(this.canvas, { type: "bar", data: { labels, datasets }, options: {} });
+    this.chart ??= new globalThis.Chart(this.canvas, { type: "bar", data: { labels, datasets }, options: {} });
     this.chart.data.labels = labels;
     // The same objects, so that a refresh moves nothing that has not changed.
     const old = new Map(this.chart.data.datasets.map((dataset) => [dataset.label, dataset]));
@@ -93,7 +95,8 @@ class Bars {
       plugins: {
         legend: { display: false },
         tooltip: {
-          backgroundColor: css("--ink"), titleColor: css("--card"), bodyColor: css("--card"), footerColor: css("--card"),
+          backgroundColor: css("--ink"),
+          titleColor: css("--card"), bodyColor: css("--card"), footerColor: css("--card"),
           padding: 10, cornerRadius: 8, boxPadding: 4, filter: (item) => item.raw > 0,
           itemSort: (a, b) => b.datasetIndex - a.datasetIndex,
           callbacks: {
@@ -128,15 +131,16 @@ class Bars {
     if (!this.details.open || !this.series) return;
     const table = document.getElementById(`${this.name}-table`);
     const last = this.extra ? [this.extraHead] : [];
-    const head = row("th", [this.usage.by === "hour" ? "Hour (UTC)" : "Day", ...this.series.map((s) => s.label), ...last]);
+    const first = this.usage.by === "hour" ? "Hour (UTC)" : "Day";
+    const head = row("th", [first, ...this.series.map((one) => one.label), ...last]);
     for (const cell of head.children) cell.scope = "col";
     const lines = this.usage.periods.map((name, i) => {
       const cells = this.series.map((one) => one.exact(one.sums[i]));
       const line = row("td", [period(name), ...cells, ...(this.extra ? [this.extraCell(i)] : [])]);
-      const first = document.createElement("th");
-      first.scope = "row";
-      first.textContent = line.firstChild.textContent;
-      line.firstChild.replaceWith(first);
+      const when = document.createElement("th");
+      when.scope = "row";
+      when.textContent = line.firstChild.textContent;
+      line.firstChild.replaceWith(when);
       return line;
     });
     const [thead, tbody] = [document.createElement("thead"), document.createElement("tbody")];
@@ -185,7 +189,7 @@ export class Charts {
       (number) => (number < 1 ? decimal.format(number) : compact.format(number)),
       (i) => `hit rate ${rate(i)}`,
     );
-    summarise("spend", usage, (i) => [...groups.values()].reduce((all, line) => all + measure.of(line[i]), 0), measure.axis);
+    summarise("spend", usage, (i) => measure.of(sums[i]), measure.axis);
     summarise("sources", usage, (i) => sums[i].answered, count);
   }
 }
@@ -194,7 +198,8 @@ export class Charts {
 function summarise(name, usage, size, text) {
   let most = 0;
   for (let i = 1; i < usage.periods.length; i += 1) if (size(i) > size(most)) most = i;
-  const said = size(most) > 0 ? `Bars by ${usage.by}; the largest is ${text(size(most))}, ${period(usage.periods[most])}.`
+  const said = size(most) > 0
+    ? `Bars by ${usage.by}; the largest is ${text(size(most))}, ${period(usage.periods[most])}.`
     : "Nothing in this range.";
   document.getElementById(`${name}-summary`).textContent = `${said} The same figures stand in the table below.`;
 }

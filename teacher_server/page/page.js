@@ -103,7 +103,8 @@ function signIn(error) {
   byId("sign-in").hidden = false;
   tell("out", "Signed out");
   byId("refused").textContent = !tried ? "" : error.status === 403
-    ? `This token may not see where the compute went: ${error.message}.` : `${error.message}.`;
+    ? `This token may not see where the compute went: ${error.message}.`
+    : `${error.message.replace(/^authorization: t/, "T")}.`;
   byId("token").focus();
 }
 
@@ -159,14 +160,16 @@ function show() {
   showTeachers(everything.teachers);
   ready.then(() => {
     // Once they are painted; benchmarks/page.py reads it.
-    if (!document.body.dataset.shown) requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("shown")));
+    if (!document.body.dataset.shown) {
+      requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("shown")));
+    }
     document.body.dataset.shown = everything.now.toISOString();
   });
 }
 
 function options(select, pairs) {
   const chosen = select.value;
-  if ([...select.options].map((o) => o.value).join("\n") !== pairs.map(([value]) => value).join("\n")) {
+  if (JSON.stringify([...select.options].map((o) => o.value)) !== JSON.stringify(pairs.map(([value]) => value))) {
     select.replaceChildren(...pairs.map(([value, label]) => new Option(label, value)));
     select.value = pairs.some(([value]) => value === chosen) ? chosen : pairs[0]?.[0] ?? "";
   }
@@ -195,7 +198,13 @@ function showTotals(usage, total) {
   const began = new Date(usage.by === "hour" ? `${usage.periods[0]}:00Z` : `${usage.periods[0]}T00:00Z`);
   const busy = Number(total.device) / 1e6 / (usage.now - began);
   figure("device", duration(total.device), `${total.device} ns`, `one device would be ${share(busy, 1)} busy`);
-  figure("flops", flops(total.flops), `${total.flops} FLOPs`, `in ${count(usage.jobs().length)} jobs of ${count(new Set(usage.rows.map((row) => row.tenant)).size)} tenants`);
+  const tenants = new Set(usage.rows.map((row) => row.tenant)).size;
+  figure("flops", flops(total.flops), `${total.flops} FLOPs`,
+    `in ${several(usage.jobs().length, "job")} of ${several(tenants, "tenant")}`);
+}
+
+function several(n, what) {
+  return `${count(n)} ${what}${n === 1 ? "" : "s"}`;
 }
 
 function firstLines() {
@@ -234,7 +243,8 @@ byId("csv").addEventListener("click", download);
 for (const input of document.querySelectorAll("input[name=range]")) {
   input.addEventListener("change", async () => {
     await refresh();
-    if (page.usage) say(`${input.parentElement.textContent.trim()}: ${byId("total-computed").textContent} samples computed.`);
+    const name = input.parentElement.textContent.trim();
+    if (page.usage) say(`${name}: ${byId("total-computed").textContent} samples computed.`);
   });
 }
 for (const id of ["tenant", "measure"]) byId(id).addEventListener("change", () => page.usage && show());

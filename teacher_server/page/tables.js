@@ -145,8 +145,9 @@ export function showSavings(total) {
   const samples = total.full - total.computed;
   const amount = document.createElement("b");
   amount.textContent = totalMoney(saved) ? monies(saved) : `${count(samples)} samples`;
+  const part = share(total.computed, total.full);
   byId("claim").replaceChildren(...(samples > 0
-    ? [amount, ` saved: the teacher computed ${share(total.computed, total.full)} of what full KD would have had it compute.`]
+    ? [amount, ` saved: the teacher computed ${part} of what full KD would have had it compute.`]
     : ["Everything that the students saw was asked about and computed: nothing was saved yet."]));
 }
 
@@ -169,7 +170,8 @@ export function showBudgets(usage, currencies) {
     const said = document.createElement("span");
     said.className = "sub";
     const rest = said.cloneNode();
-    said.textContent = `${unit === "money" ? amount(spent, unit) : count(BigInt(spent))} of ${amount(limit, unit)} ${PER[budget.period]}, ${share(used, 1)}`;
+    const soFar = unit === "money" ? amount(spent, unit) : count(BigInt(spent));
+    said.textContent = `${soFar} of ${amount(limit, unit)} ${PER[budget.period]}, ${share(used, 1)}`;
     rest.textContent = `${amount(left, unit)} left`;
     rest.className = "sub left";
     rest.dataset.exact = left;

@@ -96,7 +96,8 @@ export class Usage {
     const few = totals.length > most + 1 ? totals.slice(0, most) : totals;
     const kept = few.map(([key]) => key).sort();
     const left = totals.length - kept.length;
-    const groups = new Map([...kept, ...(left ? [others(left)] : [])].map((key) => [key, this.periods.map(() => new Sum())]));
+    const keys = left ? [...kept, others(left)] : kept;
+    const groups = new Map(keys.map((key) => [key, this.periods.map(() => new Sum())]));
     for (const row of this.rows) {
       const key = groups.has(name(row)) ? name(row) : others(left);
       groups.get(key)[row.period].add(row);
