@@ -53,7 +53,7 @@ class Server:
         self.tokens_file.touch()
         self._log = folder / f"{name}.log"
         given = arguments(folder) | {"tokens_file": self.tokens_file, "state_directory": folder / name} | settings
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "teacher_server", "serve", *flags], stdout=subprocess.PIPE, stderr=log, text=True

@@ -29,6 +29,8 @@ _LIMITS = {
     "grpc.max_connection_age_grace_ms": 300_000,
     # No compression: gRPC would unpack a message before anybody knows how large it becomes.
     "grpc.compression_enabled_algorithms_bitset": 1,
+    # Or gRPC refuses at random, and soon nearly all, of a connection that has had many calls, one after another too.
+    "grpc.http.overload_protection": 0,
     "grpc.so_reuseport": 0,  # a port that is taken must be an error, not a share of its traffic
 }
 _GRACE_SECONDS = 5.0  # for replies that are on their way, once nothing is computed any more
@@ -57,8 +59,7 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
-                # Of one connection, as of one tenant; a client's further calls wait at its end. Well below that gRPC
-                # refuses at random those of a client that resets its calls faster than they can be cleared away.
+                # Of one connection, as of one tenant; a client's further calls wait at its end.
                 ("grpc.max_concurrent_streams", max(1, config.max_concurrent_calls // 2)),
                 *_LIMITS.items(),
             ],

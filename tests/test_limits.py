@@ -229,3 +229,11 @@ def test_the_grpc_port_ends_who_does_not_begin_and_takes_no_more_than_it_has(tmp
         assert ended == 20
         assert seconds < 30
         assert attacking.viewer_asks(target) == {"PERMISSION_DENIED": 2}, "there is room again"
+
+
+def test_a_connection_has_any_number_of_calls_one_after_another(tmp_path):
+    """gRPC's own overload protection counted those that had ended, and refused a connection's after some thousands."""
+    (tmp_path / "tokens").touch()
+    with serving(**arguments(tmp_path), tokens_file=tmp_path / "tokens", max_concurrent_calls=8) as server:
+        target = attacking.Target(server.grpc_address, server.http_address, tmp_path / "tokens")
+        assert attacking.messages(target, [b""] * 3000, "Describe") == {"OK": 3000}
