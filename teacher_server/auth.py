@@ -62,13 +62,13 @@ class Authenticator:
         cls,
         path: Path | None,
         failed: Callable[[str], object] = lambda _: None,
-        not_reloaded: Callable[[], object] = lambda: None,
+        stale: Callable[[bool], object] = lambda _: None,
     ) -> "Authenticator":
         """The tokens of a file, as it stands from moment to moment. Raises OSError, or ValueError naming the line.
 
-        `not_reloaded` is told when a changed file cannot be read: then the tokens known before stay in force.
+        `stale` is told whether a changed file could not be read: then the tokens known before stay in force.
         """
-        return cls(None if path is None else Reloaded([path], partial(read_tokens, path), not_reloaded), failed)
+        return cls(None if path is None else Reloaded([path], partial(read_tokens, path), stale), failed)
 
     def identify(self, metadata: Mapping[str, str]) -> Identity:
         """Whose token a call carries. Raises Unauthenticated."""

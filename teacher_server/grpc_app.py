@@ -59,8 +59,8 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
-                # Of one connection, as of one tenant; a client's further calls wait at its end.
-                ("grpc.max_concurrent_streams", max(1, config.max_concurrent_calls // 2)),
+                # Of one connection; a client's further calls wait at its end, where it is not told why.
+                ("grpc.max_concurrent_streams", config.max_concurrent_calls),
                 *_LIMITS.items(),
             ],
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -122,10 +122,11 @@ class Metrics:
             "allow (role).",
             "reason",
         )
-        self.reload_failures = counter(
-            "reload_failures",
-            "Changes of a file (tokens, certificates) that could not be read: what was read before is in force.",
-            "file",
+        self.reload_failed = Gauge(
+            "preceptor_reload_failed",
+            "1 where a file (tokens, certificates) changed and could not be read: what was read before is in force.",
+            ("file",),
+            registry=registry,
         )
         self.http_dropped = counter(
             "http_connections_dropped",
@@ -146,7 +147,7 @@ class Metrics:
         for reason in ("missing", "unknown", "role"):
             self.authentication_failures.labels(reason)
         for file in ("tokens", "certificates"):
-            self.reload_failures.labels(file)
+            self.reload_failed.labels(file)
         self._clock = clock
         self._jobs: OrderedDict[Caller, JobCounters] = OrderedDict()  # the one heard of least lately comes first
         self._others: dict[str, JobCounters] = {}

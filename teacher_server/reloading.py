@@ -15,12 +15,13 @@ _Stamp = tuple[int, ...] | None  # None: no such file
 class Reloaded(Generic[_Content]):
     """What `read()` makes of some files; each call costs one stat a file, and reads again only what has changed.
 
-    What cannot be read any more leaves in force what was read before; that is logged, and told to `failed`, once for
-    each change. Raises what `read` raises when made: OSError, or ValueError for what is malformed. Thread-safe.
+    What cannot be read any more leaves in force what was read before; that is logged, once for each change, and
+    `failed` is told True, and False when it could be read again. Raises what `read` raises when made: OSError, or
+    ValueError for what is malformed. Thread-safe.
     """
 
     def __init__(
-        self, paths: Sequence[Path], read: Callable[[], _Content], failed: Callable[[], object] = lambda: None
+        self, paths: Sequence[Path], read: Callable[[], _Content], failed: Callable[[bool], object] = lambda _: None
     ) -> None:
         self._paths, self._read, self._failed = paths, read, failed
         self._lock = threading.Lock()
@@ -44,11 +45,12 @@ class Reloaded(Generic[_Content]):
             content = self._read()
         except (OSError, ValueError) as error:
             _log.error("%s: not reloaded, what was read before stays in force (%s)", names, error)
-            self._failed()
+            self._failed(True)
         else:
             if self._now() != stamps:
                 return  # written to meanwhile: the next call reads it again
             self._content = content
+            self._failed(False)
             _log.info("%s: reloaded", names)
         self._stamps = stamps
 

@@ -141,9 +141,9 @@ def _guards(settings: ServeSettings, metrics: Metrics) -> tuple[Authenticator, C
     authenticator = Authenticator.from_file(
         settings.tokens_file,
         failed=lambda reason: metrics.authentication_failures.labels(reason).inc(),
-        not_reloaded=metrics.reload_failures.labels("tokens").inc,
+        stale=metrics.reload_failed.labels("tokens").set,
     )
-    certificates = Certificates.of(settings, metrics.reload_failures.labels("certificates").inc)
+    certificates = Certificates.of(settings, metrics.reload_failed.labels("certificates").set)
     if is_loopback(settings.host):
         return authenticator, certificates
     if settings.tokens_file is None:

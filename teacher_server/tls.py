@@ -32,19 +32,19 @@ class Certificates:
         certificate: Path,
         key: Path,
         client_ca: Path | None = None,
-        not_reloaded: Callable[[], object] = lambda: None,
+        stale: Callable[[bool], object] = lambda _: None,
     ) -> None:
-        """`not_reloaded` is told of each change that could not be read. With `client_ca` clients must show one."""
+        """`stale` is told of each change whether it could not be read. With `client_ca` clients must show one."""
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
         paths = [certificate, key, *([client_ca] if client_ca else [])]
-        self._material = Reloaded(paths, self._read, not_reloaded)
+        self._material = Reloaded(paths, self._read, stale)
 
     @classmethod
-    def of(cls, config: TlsConfig, not_reloaded: Callable[[], object]) -> "Certificates | None":
+    def of(cls, config: TlsConfig, stale: Callable[[bool], object]) -> "Certificates | None":
         """None where there is no certificate. Raises as the class does."""
         if config.tls_certificate_file is None or config.tls_key_file is None:
             return None
-        return cls(config.tls_certificate_file, config.tls_key_file, config.tls_client_ca_file, not_reloaded)
+        return cls(config.tls_certificate_file, config.tls_key_file, config.tls_client_ca_file, stale)
 
     def for_grpc(self) -> grpc.ServerCredentials:
         """gRPC itself takes TLS 1.2 and 1.3."""

@@ -27,7 +27,7 @@ class Who:
         self.authenticator = Authenticator.from_file(
             self.file,
             failed=lambda reason: self.refused.update([reason]),
-            not_reloaded=lambda: self.refused.update(["file"]),
+            stale=lambda stale: self.refused.update(["file"] if stale else []),
         )
 
     def write(self, *lines):

@@ -30,7 +30,7 @@ def certificates(settings: ServeSettings) -> Iterator[Finding]:
             yield note("tls", said, "give --tls-certificate-file and --tls-key-file")
         return
     try:
-        Certificates.of(settings, lambda: None)
+        Certificates.of(settings, lambda _: None)
         mode = key.stat().st_mode
     except OSError as error:
         said = f"{error.filename or certificate}: {error.strerror}"
