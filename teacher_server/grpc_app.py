@@ -59,7 +59,8 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
-                # Of one connection; a client's further calls wait at its end, where it is not told why.
+                # No more of one connection than of all; its tenant's share is smaller, and refused with a hint when to
+                # ask again, where what is beyond this would wait at the client's end.
                 ("grpc.max_concurrent_streams", config.max_concurrent_calls),
                 *_LIMITS.items(),
             ],

@@ -263,12 +263,13 @@ def mutations(count: int, seed: int = 0) -> Iterator[bytes]:
         yield bytes(message)
 
 
-def messages(target: Target, contents: Iterable[bytes], call: str = "Label", who: str = "student") -> Got:
-    """Sends raw bytes as messages of a call."""
+def messages(target: Target, contents: Iterable[bytes], call: str = "Label", window: int = 64) -> Got:
+    """Sends raw bytes as messages of a student's calls on one connection, so many at a time."""
     with target.channel() as channel:
         send = channel.unary_unary(f"/preceptor.v1.Teacher/{call}")
-        metadata = target.metadata(who)
-        return flood(lambda m=content: send.future(m, timeout=60, metadata=metadata) for content in contents)
+        metadata = target.metadata("student")
+        calls = (lambda m=content: send.future(m, timeout=60, metadata=metadata) for content in contents)
+        return flood(calls, window)
 
 
 def empty_submessages(size: int) -> bytes:

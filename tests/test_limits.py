@@ -236,4 +236,4 @@ def test_a_connection_has_any_number_of_calls_one_after_another(tmp_path):
     (tmp_path / "tokens").touch()
     with serving(**arguments(tmp_path), tokens_file=tmp_path / "tokens", max_concurrent_calls=8) as server:
         target = attacking.Target(server.grpc_address, server.http_address, tmp_path / "tokens")
-        assert attacking.messages(target, [b""] * 3000, "Describe") == {"OK": 3000}
+        assert attacking.messages(target, [b""] * 2000, "Describe", window=2) == {"OK": 2000}

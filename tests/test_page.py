@@ -88,7 +88,7 @@ def learn(address, token, job, seed, *, batches=3, n=32, **how):
 
 def tokens(folder):
     file = folder / "tokens"
-    who = {"red-token": "red", "blue-token": "blue", "boss-token": "platform admin"}
+    who = {"red-token": "red", "blue-token": "blue", "boss-token": "platform viewer"}
     file.write_text("".join(f"{sha256(token.encode()).hexdigest()} {words}\n" for token, words in who.items()))
     return file
 

@@ -21,7 +21,9 @@ from student_worker.data import UNLABELLED, labelled_subset, load
 from student_worker.lessons import epoch_batches
 from student_worker.models import build
 from student_worker.train import Progress, train
+from teacher_server.tokens import add_token, new_token
 from tests.asking import metric, put
+from tests.certificates import Authority, served_with
 from tests.serving import ROOT, process, serving
 
 BUILD = {"name": "cnn-tiny", "channels": 1, "classes": 10, "size": 8}
@@ -326,6 +328,31 @@ def test_compare_does_not_believe_the_counters_of_another_server(teacher, tmp_pa
         ]  # fmt: skip
         assert main(command) == 1
     assert "the server counts 0 samples asked by job believed-kd-s0, which asked 1437" in capsys.readouterr().err
+
+
+def test_compare_takes_tokens_and_tls(trained, tmp_path, capsys, monkeypatch):
+    authority = Authority(tmp_path, "ca")
+    tokens, viewer = tmp_path / "tokens", tmp_path / "viewer"
+    (student, line), (board, other) = new_token("red"), new_token("board", "viewer")
+    add_token(tokens, line)
+    add_token(tokens, other)
+    viewer.write_text(f"{board}\n")
+    monkeypatch.setenv("STUDENT_TOKEN", student)
+    trust = served_with(authority.issue("127.0.0.1"))
+    with serving(**serve(trained) | {"model_arguments": BUILD}, **trust, tokens_file=tokens) as server:
+        command = [
+            "compare", "--methods", "kd", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", "1",
+            "--teacher-address", server.grpc_address, "--metrics-url", f"https://{server.http_address}/metrics",
+            "--tls-ca-file", str(authority.file), "--output", str(tmp_path / "out"), "--job", "guarded",
+        ]  # fmt: skip
+        assert main(command) == 1
+        assert "HTTP Error 403: Forbidden); give a viewer's token as --metrics-token-file" in capsys.readouterr().err
+        assert main([*command, "--metrics-token-file", str(viewer)]) == 0
+    report = (tmp_path / "out" / "report.json").read_text()
+    assert json.loads(report)["runs"][0]["asked"] == 1437
+    for secret in (student, board):
+        assert secret not in report + capsys.readouterr().out
+        assert not [path for path in (tmp_path / "out").rglob("*.json") if secret in path.read_text()]
 
 
 def save_other(folder):
