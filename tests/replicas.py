@@ -6,10 +6,12 @@ python -m tests.replicas POINT serve ...    `teacher-server serve`, that SIGUSR1
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 from teacher_server.__main__ import main as serve
+from teacher_server.journal import Journal
 from teacher_server.ledger import Ledger
 from tests.counted import FORWARDED, KILLER, Counted
 from tests.serving import arguments, free_port, process
@@ -47,7 +49,17 @@ class Replica:
 def main() -> int:
     KILLER.point = sys.argv[1]
     signal.signal(signal.SIGUSR1, lambda *_: setattr(KILLER, "armed", True))
-    book, answered = Ledger.book, Ledger.answered
+    book, answered, forwarding = Ledger.book, Ledger.answered, Journal.forwarding
+
+    def began(*args):
+        if threading.current_thread().name != "engine":  # warming up
+            return forwarding(*args)
+        KILLER.begins()
+        try:
+            return forwarding(*args)
+        except BaseException:
+            KILLER.has_begun()
+            raise
 
     def booked(*args, **kwargs):
         KILLER.at("settle")
@@ -57,7 +69,7 @@ def main() -> int:
         answered(*args, **kwargs)
         KILLER.at("reply")
 
-    Ledger.book, Ledger.answered = booked, replied
+    Ledger.book, Ledger.answered, Journal.forwarding = booked, replied, began
     return serve(sys.argv[2:])
 
 

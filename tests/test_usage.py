@@ -112,15 +112,6 @@ def test_a_ledger_of_before_there_were_hours_goes_on(ledger, url):
     assert [totals[name] for name in ("forwarded", "charged", "wasted", "own")] == ["115", "110", "4", "1"]
 
 
-def test_records_of_a_journal_of_before_are_of_their_day(ledger, url):
-    part = {"tenant": "red", "job": "a", "day": today(), "charges": [Entry("", 5, 0, "", "")], "finished": []}
-    counts = {"asked": 5, "cached": 0, "coalesced": 0}
-    using(url, lambda store: post(store, [{"lines": [part | counts], "totals": [5, 0]}]))
-    assert "contradiction" not in shown(ledger, "verify")
-    found = using(url, lambda store: usage(store, "day", 1))
-    assert found.rows[today(), "red", "a", "EUR", PRICE]["computed"] == 5
-
-
 def test_what_is_computed_after_midnight_from_a_hold_of_before_is_the_last_hours(tmp_path, monkeypatch):
     async def main():
         async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
