@@ -13,13 +13,13 @@ import pytest
 from teacher_server.accounts import snapshot
 from teacher_server.auth import Caller
 from teacher_server.budgets import set_budget
-from teacher_server.postings import Charge, Entry
+from teacher_server.postings import Charge
 from teacher_server.script import PLATFORM, this_hour, today
 from teacher_server.store import LEDGER_PREFIX
 from teacher_server.usage import usage
 from tests.histories import fill
 from tests.ledgers import CALLER, books, ledger_store, replica
-from tests.spending import BLUE, FINGERPRINT, PRICE, RED, charge, post, shown, using
+from tests.spending import BLUE, FINGERPRINT, PRICE, RED, charge, shown, using
 from tests.test_http import api, server  # noqa: F401 - fixtures
 
 DAY_SECONDS = 86400
