@@ -62,11 +62,12 @@ def stages(folder: Path) -> dict[str, float]:
 
     def count() -> None:
         """What service, flights and calls count of one query that was computed."""
-        label = metrics.job(caller)
-        metrics.asked.labels(*label).inc(4)
-        metrics.samples.labels(*label, "computed").inc(4)
+        counters = metrics.of(caller)
+        counters.asked.inc(4)
+        counters.sources["computed"].inc(4)
         metrics.charged(caller, 4, 1000, TEACHER)
-        metrics.requests.labels("Label", "OK").inc()
+        metrics.query(caller, "answered")
+        metrics.request("Label", "OK")
         metrics.queue_seconds.observe(0.001)
 
     return {

@@ -32,6 +32,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -303,9 +304,9 @@ def look_up_first(size: int) -> None:
     ):
         sent, attempt = [0], client._call._attempt
 
-        def counting(call: str, message: pb.LabelRequest, deadline: float) -> object:
+        def counting(call: str, message: pb.LabelRequest, *rest: Any) -> object:
             sent[0] += message.ByteSize()
-            return attempt(call, message, deadline)
+            return attempt(call, message, *rest)
 
         client._call._attempt = counting  # type: ignore[method-assign, assignment]
         known = pixels(size)
