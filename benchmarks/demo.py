@@ -38,7 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     weights = train_teacher(arguments.teacher_epochs, arguments.output / "teacher")
-    with serving(weights) as (grpc_address, http_address):
+    log = arguments.output / "teacher-server.log"
+    with serving(weights, log) as (grpc_address, http_address):
         student(
             "compare", "--methods", arguments.methods, "--seeds", arguments.seeds,
             "--dataset", DATASET, "--labelled", str(LABELLED), "--crop", "2",
@@ -47,6 +48,8 @@ def main() -> None:
             "--teacher-address", grpc_address, "--metrics-url", f"http://{http_address}/metrics",
             "--job", "demo", "--output", str(arguments.output), "--overwrite",
         )  # fmt: skip
+    print(f"log:    {log}")
+    print(f"spend:  teacher-server ledger show --state-directory {weights.parent / 'state'}")
     print(f"the whole demo took {time.monotonic() - began:.0f} s")
 
 
@@ -60,19 +63,22 @@ def train_teacher(epochs: int, output: Path) -> Path:
 
 
 @contextmanager
-def serving(weights: Path) -> Iterator[tuple[str, str]]:
+def serving(weights: Path, log: Path) -> Iterator[tuple[str, str]]:
     """A teacher server on free ports; yields its gRPC and HTTP addresses, and ends it as an operator would."""
     command = [
         sys.executable, "-m", "teacher_server", "serve", "--model", "student_worker.models:build",
         "--model-arguments", json.dumps(TEACHER), "--weights", str(weights),
         "--grpc-port", "0", "--http-port", "0", "--state-directory", str(weights.parent / "state"),
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        log.open("w") as lines,  # one for each query
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=lines, text=True) as server,
+    ):
         try:
             line = server.stdout.readline() if server.stdout else ""
             ready = re.search(r"grpc (\S+), http (\S+),", line)
             if not ready:
-                raise SystemExit(f"the server did not start: {line!r}")
+                raise SystemExit(f"the server did not start: see {log}")
             print(line, end="", flush=True)
             yield ready[1], ready[2]
         finally:

@@ -1,6 +1,7 @@
 """`make demo`, shortened: everything it starts, writes and prints, with one epoch each."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -27,3 +28,9 @@ def test_the_demo_runs_from_nothing_to_its_report(tmp_path):
         "unix": 3000,
     }
     assert (tmp_path / "plot.png").exists()
+    assert '"call": "Label"' in (tmp_path / "teacher-server.log").read_text()
+    spend = re.search(r"^spend:  (.*)$", done.stdout, re.MULTILINE)[1].split()
+    shown = subprocess.run(
+        [sys.executable, "-m", "teacher_server", *spend[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert re.search(r"demo-unix-s0 .* 4,?000 .* 3,?000 .* 3,?000 ", shown.stdout), shown
