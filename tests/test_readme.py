@@ -55,7 +55,7 @@ def test_the_description_is_one():
     ],
 )
 def test_command_lines_are_understood(line):
-    program, *words = shlex.split(line.removeprefix("$ "))
+    program, *words = shlex.split(line.removeprefix("$ ").partition(" > ")[0])
     commands = TEACHER if program == "teacher-server" else STUDENT
     name = max((name for name in commands if words[: len(name.split())] == name.split()), key=len)
     settings, _ = commands[name]
