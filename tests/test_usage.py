@@ -74,6 +74,13 @@ def test_verify_finds_hours_that_do_not_sum_to_their_day(ledger, url, column):
     ]
 
 
+def test_verify_takes_no_budget_for_lines_whatever_its_job_is_called(ledger, url):
+    job = "deadlines:eu:v2"
+    using(url, lambda store: charge(store, Caller("red", job), 5))
+    using(url, lambda store: set_budget(store, "red", job, "samples", "total", limit=9, who="test"))
+    assert shown(ledger, "verify") == "forwarded 5 = charged 5 + wasted 0 + own 0\n"
+
+
 def test_a_backup_holds_hours_and_when_they_are_forgotten(ledger, url, tmp_path):
     file = tmp_path / "backup.json"
     using(url, some)
