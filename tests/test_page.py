@@ -13,13 +13,14 @@ from torch import nn
 
 from student_worker import TeacherClient, Unix
 from teacher_server.accounts import snapshot
+from teacher_server.auth import Caller
 from teacher_server.budgets import set_budget
 from teacher_server.script import PLATFORM
 from tests.asking import pixels
 from tests.browsing import PHONE, apart, chromium, needs_chromium, tab
 from tests.histories import PRICE, fill
 from tests.serving import arguments, serving
-from tests.spending import a_redis, using
+from tests.spending import a_redis, charge, using
 from tests.test_http import http
 
 pytestmark = needs_chromium
@@ -251,6 +252,37 @@ def test_nothing_keeps_anybody_out(browser, busy, scheme, size):
             page.wait_for_selector(f"{details} thead th")
         one.check_accessible()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+
+
+def colours(page):
+    """Of the spend's legend, by name."""
+    page.wait_for_function("document.querySelectorAll('#spend-legend .key').length")
+    return dict(
+        page.eval_on_selector_all(
+            "#spend-legend li", "items => items.map(i => [i.textContent, i.firstChild.style.backgroundColor])"
+        )
+    )
+
+
+def test_no_two_of_a_chart_have_the_same_colour(browser, tmp_path):
+    """Also when others have come to the top while the page was open; who is still there keeps his own."""
+
+    async def spend(store, first, last, samples):
+        for number in range(first, last):
+            await charge(store, Caller(f"team-{number:02}", "job"), samples + number)
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address) as one:
+        apart(using, url, lambda store: spend(store, 0, 8, 100))
+        before = colours(one.open().shown())
+        assert list(before) == [*(f"team-{number:02}" for number in range(2, 8)), "2 others"]
+        assert len(set(before.values())) == 7
+        apart(using, url, lambda store: spend(store, 8, 12, 1000))
+        page = one.refreshed()
+        page.wait_for_selector("#spend-legend li:has-text('team-11')")
+        after = colours(page)
+        assert list(after) == [*(f"team-{number:02}" for number in range(5, 12)), "5 others"]
+        assert len(set(after.values())) == 8
+        assert all(after[name] == before[name] for name in ("team-05", "team-06", "team-07"))
 
 
 def test_the_keyboard_reaches_everything_and_sorts(browser, busy):
