@@ -90,7 +90,7 @@ export class Usage {
     return sums;
   }
 
-  /** Map of group -> [Sum for each period]: the `most` with the largest totals, and the rest, two or more, as `others`. */
+  /** Map of group -> [Sum for each period]: those with the largest totals, and the rest, two or more, as `others`. */
   stacked(name, size, most, others) {
     const totals = [...this.sums(name)].sort((a, b) => size(b[1]) - size(a[1]) || (a[0] < b[0] ? -1 : 1));
     const few = totals.length > most ? totals.slice(0, Math.min(most, totals.length - 2)) : totals;
