@@ -20,7 +20,7 @@ from tests.asking import pixels
 from tests.browsing import PHONE, apart, chromium, needs_chromium, tab
 from tests.histories import PRICE, fill
 from tests.serving import arguments, serving
-from tests.spending import a_redis, charge, using
+from tests.spending import a_redis, charge, teacher, using
 from tests.test_http import http
 
 pytestmark = needs_chromium
@@ -283,6 +283,30 @@ def test_no_two_of_a_chart_have_the_same_colour(browser, tmp_path):
         assert list(after) == [*(f"team-{number:02}" for number in range(5, 12)), "5 others"]
         assert len(set(after.values())) == 8
         assert all(after[name] == before[name] for name in ("team-05", "team-06", "team-07"))
+
+
+def test_a_budget_of_several_currencies_is_given_none_of_them(browser, tmp_path):
+    """The ledger adds the nanos of every price in it: as `teacher-server ledger budget` says it."""
+
+    async def spend(store):
+        await teacher(store)
+        await charge(store, Caller("red", "job"), 100)
+        await set_budget(store, "red", "", "money", "month", limit=10 * 10**9, who="test")
+
+    async def dollars(store):
+        await teacher(store, currency="USD")
+        await charge(store, Caller("red", "job"), 100, currency="USD")
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address) as one:
+        apart(using, url, spend)
+        page = one.open().shown()
+        assert "€0.15 of €10.00 a month, 1.5%" in page.inner_text("#budget-rows")
+        apart(using, url, dollars)
+        one.refreshed()
+        page.wait_for_function("document.querySelector('#total-money').textContent.includes('US$')")
+        assert "0.30 EUR/USD of 10.00 EUR/USD a month, 3.0%" in page.inner_text("#budget-rows")
+        assert "9.70 EUR/USD left" in page.inner_text("#budget-rows")
+        assert page.eval_on_selector_all("#total-money small", "units => units.map(u => u.textContent)") == []
 
 
 def test_the_keyboard_reaches_everything_and_sorts(browser, busy):

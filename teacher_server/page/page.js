@@ -138,8 +138,8 @@ function show() {
   const tenant = byId("tenant").value;
   const usage = everything.of(tenant);
   const total = usage.total();
-  const currencies = everything.currencies.length ? everything.currencies
-    : [...new Set(everything.teachers.map((teacher) => teacher.currency))];
+  const all = new Set([...everything.currencies, ...everything.teachers.map((teacher) => teacher.currency)]);
+  const currencies = everything.currencies.length ? everything.currencies : [...all];
   const empty = total.asked === 0 && total.computed === 0;
   byId("empty").hidden = !empty;
   byId("filled").hidden = empty;
@@ -155,7 +155,7 @@ function show() {
     const measure = choices.find(({ value }) => value === byId("measure").value) ?? choices[0];
     ready.then(() => page.charts.show(usage, measure, tenant));
   }
-  showBudgets(usage, currencies);
+  showBudgets(usage, [...all].sort());
   showBooks(everything);
   showTeachers(everything.teachers);
   ready.then(() => {
@@ -177,8 +177,8 @@ function options(select, pairs) {
 
 function figure(id, text, exact, note) {
   const element = byId(`total-${id}`);
-  element.replaceChildren(...text.split(/(\s\p{L}+\s?)/u).map((part) => {
-    if (!/^\s\p{L}/u.test(part)) return part;
+  element.replaceChildren(...text.split(/(\s\p{L}+(?:\s|$))/u).map((part) => {
+    if (!/^\s\p{L}+\s?$/u.test(part)) return part;
     const unit = document.createElement("small"); // smaller than its number
     unit.textContent = part;
     return unit;

@@ -154,8 +154,10 @@ export function showSavings(total) {
 const PER = { total: "in all", day: "a day", month: "a month" };
 
 export function showBudgets(usage, currencies) {
-  const currency = currencies[0] ?? "";
-  const amount = (n, unit) => (unit === "money" ? money(BigInt(n), currency)
+  // A budget counts the nanos of every price alike: of several currencies it can be given no single one.
+  const spend = (nanos) => (currencies.length > 1 ? `${money(nanos, "")} ${currencies.join("/")}`
+    : money(nanos, currencies[0] ?? ""));
+  const amount = (n, unit) => (unit === "money" ? spend(BigInt(n))
     : `${count(BigInt(n))} ${BigInt(n) === 1n ? "sample" : "samples"}`);
   byId("budget-rows").replaceChildren(...usage.budgets.map((budget) => {
     const { unit, limit, spent, left } = budget;
