@@ -17,7 +17,7 @@ from teacher_server.auth import Caller
 from teacher_server.budgets import set_budget
 from teacher_server.script import PLATFORM
 from tests.asking import pixels
-from tests.browsing import PHONE, apart, chromium, needs_chromium, tab
+from tests.browsing import DESKTOP, PHONE, apart, chromium, needs_chromium, tab
 from tests.histories import PRICE, fill
 from tests.serving import arguments, serving
 from tests.spending import a_redis, charge, teacher, using
@@ -307,6 +307,31 @@ def test_a_budget_of_several_currencies_is_given_none_of_them(browser, tmp_path)
         assert "0.30 EUR/USD of 10.00 EUR/USD a month, 3.0%" in page.inner_text("#budget-rows")
         assert "9.70 EUR/USD left" in page.inner_text("#budget-rows")
         assert page.eval_on_selector_all("#total-money small", "units => units.map(u => u.textContent)") == []
+
+
+@pytest.mark.parametrize("size", [DESKTOP, {"width": 320, "height": 640}], ids=["desktop", "narrow"])
+def test_the_longest_names_leave_room_for_figures(browser, tmp_path, size):
+    longest = Caller("t" * 64, "j" * 128)
+
+    async def spend(store):
+        for caller in (longest, Caller("red", "job")):
+            await charge(store, caller, 100)
+        for job in ("", longest.job):
+            await set_budget(store, longest.tenant, job, "samples", "total", limit=200, who="test")
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address, viewport=size) as one:
+        apart(using, url, spend)
+        page = one.open().shown()
+        page.select_option("#tenant", longest.tenant)
+        page.wait_for_selector(f"#spend-legend li:has-text('{longest.job}')")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+        for row, share in (("#jobs-rows tr", 0.6), ("#budget-rows tr", 0.6)):
+            name = page.locator(f"{row} > :first-child").first.bounding_box()["width"]
+            assert name < share * page.locator(".scroll", has=page.locator(row)).bounding_box()["width"]
+        if size is DESKTOP:
+            scroll = page.locator(".scroll", has=page.locator("#jobs-rows"))
+            assert scroll.evaluate("it => it.scrollWidth <= it.clientWidth"), "figures are out of sight"
+        one.check_accessible()
 
 
 def test_the_keyboard_reaches_everything_and_sorts(browser, busy):
