@@ -389,6 +389,9 @@ def test_a_server_that_is_gone_is_said_and_its_return_too(browser, busy):
         page.wait_for_selector("#trouble:not([hidden])", timeout=30_000)
         assert "The server cannot be reached. The figures are of" in page.inner_text("#trouble")
         assert page.is_visible("#figures")
+        page.check("input[value='days=7']", force=True)
+        page.wait_for_function("trouble.textContent.includes(', and still those of 24 hours.')")
+        assert page.inner_text("#said") == ""
         one.context.set_offline(False)
         page.wait_for_selector("#trouble", state="hidden", timeout=30_000)
         assert page.inner_text("#said") == "The server can be reached again."
