@@ -153,9 +153,9 @@ class Snapshot:
         """Days after `since` whose hours are still kept, and do not sum to their lines."""
         soon = time.time() + _LATE_SECONDS
         for name, fields in self._hashes.items():
-            _, _, place = name.partition("lines:")
+            kind, _, place = name.partition(":")
             tenant, _, day = place.partition(":")
-            if not place or day <= since or forgotten_at(day) < soon:
+            if kind != "lines" or day <= since or forgotten_at(day) < soon:
                 continue
             sums: Counter[str] = Counter()
             for field, count in self._hashes.get(f"hours:{place}", {}).items():

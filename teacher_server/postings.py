@@ -100,11 +100,12 @@ def posting(records: Iterable[Record], fingerprint: str, price: int, currency: s
     for record in records:
         totals = [total + more for total, more in zip(totals, record["totals"], strict=True)]
         for part in record["lines"]:
-            hour = part["hour"]
+            # A journal of a version without hours has days, and nothing of what was not asked about.
+            hour = part["hour"] if "hour" in part else f"{part['day']}T00"
             key = (part["tenant"], part["job"], hour)
             line = lines.setdefault(key, booked(Caller(part["tenant"], part["job"]), hour, finished=[]))
             for column in ("asked", "cached", "coalesced", "unasked"):
-                line[column] += part[column]
+                line[column] += part.get(column, 0)
             line["finished"] = [*line["finished"], *part["finished"]]
             for entry in (Entry(*charge) for charge in part["charges"]):
                 sums, places = charges.setdefault(key, {}).setdefault((entry.request_id, entry.lease), ([0, 0], []))

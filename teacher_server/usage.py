@@ -1,5 +1,6 @@
 """Where the compute went, by the hour or by the day: what GET /v1/usage gives and the page at `/` shows."""
 
+import asyncio
 import csv
 import io
 import json
@@ -109,9 +110,11 @@ async def usage(store: Store, by: Literal["hour", "day"], count: int) -> Usage:
         for name, kind, values in hours
         if name.startswith("teacher:") and values
     }
-    recent = _rows(hours, teachers, set(lately))
-    rows = _rows(hours, teachers, set(periods)) if by == "hour" else _rows(days, teachers, set(periods))
-    budgets = [_budget(state, recent, lately[0]) for state in await budget_states(store)]
+    states = await budget_states(store)
+    # Of thousands of jobs these take a second, and students are answered meanwhile.
+    recent = await asyncio.to_thread(_rows, hours, teachers, set(lately))
+    rows = await asyncio.to_thread(_rows, hours if by == "hour" else days, teachers, set(periods))
+    budgets = await asyncio.to_thread(_budgets, states, recent, lately[0])
     return Usage(now, by, periods, rows, teachers, dict(zip(text[::2], text[1::2], strict=True)), budgets)
 
 
@@ -152,6 +155,10 @@ def _counts(keys: Iterable[list[Any]]) -> Iterator[tuple[str, str, list[str], in
             field = key.split("\t")
             period = f"{day}T{field.pop(0)}" if kind == "hours" else day
             yield period, tenant, field, int(count)
+
+
+def _budgets(states: Iterable[State], rows: dict[_Place, dict[str, Any]], since: str) -> list[dict[str, Any]]:
+    return [_budget(state, rows, since) for state in states]
 
 
 def _budget(state: State, rows: dict[_Place, dict[str, Any]], since: str) -> dict[str, Any]:

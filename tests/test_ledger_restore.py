@@ -16,6 +16,7 @@ from teacher_server.ledger import Ledger
 from teacher_server.postings import Entry, booked
 from teacher_server.script import PLATFORM, run, today
 from teacher_server.store import open_stores
+from teacher_server.usage import usage
 from tests.ledgers import TEACHER, compute, crash
 from tests.spending import FINGERPRINT, PRICE, RED, charge, shown, using
 
@@ -160,6 +161,21 @@ def test_what_a_dead_replica_left_behind_is_settled_once(ledger, url, tmp_path):
     assert shown(ledger, "restore", tmp_path) == f"nothing is left behind in {tmp_path}\n"
     assert shown(ledger, "restore", copy) == "gone-1: all of it was known already\n"
     assert shown(ledger, "verify") == books
+
+
+def test_what_a_replica_of_before_there_were_hours_left_behind_is_settled_too(ledger, url, tmp_path):
+    """Killed, and started anew as the next version: its records have a day."""
+    header = {"fingerprint": FINGERPRINT, "price": PRICE, "currency": "EUR"}
+    journal = Journal(tmp_path / "journal", "gone-1", header)
+    part = booked(RED, today(), charges=[Entry("", 5, 1000, "", "")], asked=7, cached=2)
+    part["day"] = part.pop("hour")
+    del part["unasked"]
+    journal.record({"lines": [part], "totals": [5, 1000]}, journal.forwarding(5))
+    journal.close()
+    assert shown(ledger, "restore", tmp_path) == "gone-1: samples: 5 of red sweep/a\n"
+    assert shown(ledger, "verify") == "forwarded 5 = charged 5 + wasted 0 + own 0\n"
+    ((place, row),) = using(url, lambda store: usage(store, "hour", 24)).rows.items()
+    assert (place[0], row["asked"], row["candidates"]) == (f"{today()}T00", 7, 7)
 
 
 def test_the_journal_of_a_server_that_runs_is_left_to_it(ledger, tmp_path):

@@ -13,13 +13,14 @@ from torch import nn
 
 from student_worker import TeacherClient, Unix
 from teacher_server.accounts import snapshot
+from teacher_server.auth import Caller
 from teacher_server.budgets import set_budget
 from teacher_server.script import PLATFORM
 from tests.asking import pixels
-from tests.browsing import PHONE, apart, chromium, needs_chromium, tab
+from tests.browsing import DESKTOP, PHONE, apart, chromium, needs_chromium, tab
 from tests.histories import PRICE, fill
 from tests.serving import arguments, serving
-from tests.spending import a_redis, using
+from tests.spending import a_redis, charge, teacher, using
 from tests.test_http import http
 
 pytestmark = needs_chromium
@@ -253,6 +254,86 @@ def test_nothing_keeps_anybody_out(browser, busy, scheme, size):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
 
 
+def colours(page):
+    """Of the spend's legend, by name."""
+    page.wait_for_function("document.querySelectorAll('#spend-legend .key').length")
+    return dict(
+        page.eval_on_selector_all(
+            "#spend-legend li", "items => items.map(i => [i.textContent, i.firstChild.style.backgroundColor])"
+        )
+    )
+
+
+def test_no_two_of_a_chart_have_the_same_colour(browser, tmp_path):
+    """Also when others have come to the top while the page was open; who is still there keeps his own."""
+
+    async def spend(store, first, last, samples):
+        for number in range(first, last):
+            await charge(store, Caller(f"team-{number:02}", "job"), samples + number)
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address) as one:
+        apart(using, url, lambda store: spend(store, 0, 8, 100))
+        before = colours(one.open().shown())
+        assert list(before) == [*(f"team-{number:02}" for number in range(2, 8)), "2 others"]
+        assert len(set(before.values())) == 7
+        apart(using, url, lambda store: spend(store, 8, 12, 1000))
+        page = one.refreshed()
+        page.wait_for_selector("#spend-legend li:has-text('team-11')")
+        after = colours(page)
+        assert list(after) == [*(f"team-{number:02}" for number in range(5, 12)), "5 others"]
+        assert len(set(after.values())) == 8
+        assert all(after[name] == before[name] for name in ("team-05", "team-06", "team-07"))
+
+
+def test_a_budget_of_several_currencies_is_given_none_of_them(browser, tmp_path):
+    """The ledger adds the nanos of every price in it: as `teacher-server ledger budget` says it."""
+
+    async def spend(store):
+        await teacher(store)
+        await charge(store, Caller("red", "job"), 100)
+        await set_budget(store, "red", "", "money", "month", limit=10 * 10**9, who="test")
+
+    async def dollars(store):
+        await teacher(store, currency="USD")
+        await charge(store, Caller("red", "job"), 100, currency="USD")
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address) as one:
+        apart(using, url, spend)
+        page = one.open().shown()
+        assert "€0.15 of €10.00 a month, 1.5%" in page.inner_text("#budget-rows")
+        apart(using, url, dollars)
+        one.refreshed()
+        page.wait_for_function("document.querySelector('#total-money').textContent.includes('US$')")
+        assert "0.30 EUR/USD of 10.00 EUR/USD a month, 3.0%" in page.inner_text("#budget-rows")
+        assert "9.70 EUR/USD left" in page.inner_text("#budget-rows")
+        assert page.eval_on_selector_all("#total-money small", "units => units.map(u => u.textContent)") == []
+
+
+@pytest.mark.parametrize("size", [DESKTOP, {"width": 320, "height": 640}], ids=["desktop", "narrow"])
+def test_the_longest_names_leave_room_for_figures(browser, tmp_path, size):
+    longest = Caller("t" * 64, "j" * 128)
+
+    async def spend(store):
+        for caller in (longest, Caller("red", "job")):
+            await charge(store, caller, 100)
+        for job in ("", longest.job):
+            await set_budget(store, longest.tenant, job, "samples", "total", limit=200, who="test")
+
+    with a_redis(tmp_path) as url, http(url) as api, tab(browser, api.address, viewport=size) as one:
+        apart(using, url, spend)
+        page = one.open().shown()
+        page.select_option("#tenant", longest.tenant)
+        page.wait_for_selector(f"#spend-legend li:has-text('{longest.job}')")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+        for row, share in (("#jobs-rows tr", 0.6), ("#budget-rows tr", 0.6)):
+            name = page.locator(f"{row} > :first-child").first.bounding_box()["width"]
+            assert name < share * page.locator(".scroll", has=page.locator(row)).bounding_box()["width"]
+        if size is DESKTOP:
+            scroll = page.locator(".scroll", has=page.locator("#jobs-rows"))
+            assert scroll.evaluate("it => it.scrollWidth <= it.clientWidth"), "figures are out of sight"
+        one.check_accessible()
+
+
 def test_the_keyboard_reaches_everything_and_sorts(browser, busy):
     api, _ = busy
     with tab(browser, api.address) as one:
@@ -308,6 +389,9 @@ def test_a_server_that_is_gone_is_said_and_its_return_too(browser, busy):
         page.wait_for_selector("#trouble:not([hidden])", timeout=30_000)
         assert "The server cannot be reached. The figures are of" in page.inner_text("#trouble")
         assert page.is_visible("#figures")
+        page.check("input[value='days=7']", force=True)
+        page.wait_for_function("trouble.textContent.includes(', and still those of 24 hours.')")
+        assert page.inner_text("#said") == ""
         one.context.set_offline(False)
         page.wait_for_selector("#trouble", state="hidden", timeout=30_000)
         assert page.inner_text("#said") == "The server can be reached again."

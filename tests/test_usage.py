@@ -4,12 +4,15 @@ import asyncio
 import csv
 import gzip
 import io
+import threading
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 
+from teacher_server import usage as usages
 from teacher_server.accounts import snapshot
 from teacher_server.auth import Caller
 from teacher_server.budgets import set_budget
@@ -74,6 +77,13 @@ def test_verify_finds_hours_that_do_not_sum_to_their_day(ledger, url, column):
     ]
 
 
+def test_verify_takes_no_budget_for_lines_whatever_its_job_is_called(ledger, url):
+    job = "deadlines:eu:v2"
+    using(url, lambda store: charge(store, Caller("red", job), 5))
+    using(url, lambda store: set_budget(store, "red", job, "samples", "total", limit=9, who="test"))
+    assert shown(ledger, "verify") == "forwarded 5 = charged 5 + wasted 0 + own 0\n"
+
+
 def test_a_backup_holds_hours_and_when_they_are_forgotten(ledger, url, tmp_path):
     file = tmp_path / "backup.json"
     using(url, some)
@@ -94,6 +104,24 @@ def test_a_backup_holds_hours_and_when_they_are_forgotten(ledger, url, tmp_path)
 
 async def usage_rows(store):
     return (await usage(store, "hour", 24)).rows
+
+
+@pytest.mark.parametrize("by", ["hour", "day"])
+def test_sums_are_not_made_where_students_are_answered(ledger, url, monkeypatch, by):
+    """Of 2,000 jobs they kept the event loop for a second, every five seconds for each page that is open."""
+    threads = set()
+
+    def watched(made, *arguments):
+        threads.add(threading.current_thread())
+        return made(*arguments)
+
+    for name in ("_rows", "_budget"):
+        monkeypatch.setattr(usages, name, partial(watched, getattr(usages, name)))
+    using(url, some)
+    using(url, lambda store: set_budget(store, "red", "", "samples", "total", limit=1000, who="test"))
+    assert using(url, lambda store: usage(store, by, 7)).budgets[0]["recent"] == "118"
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 def test_a_ledger_of_before_there_were_hours_goes_on(ledger, url):

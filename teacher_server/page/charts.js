@@ -8,17 +8,25 @@ export const ready = new Promise((resolve) => {
   else document.getElementById("library").addEventListener("load", resolve);
 });
 const SERIES = 7;
+const OTHERS = / others$/; // no name has a blank
 const still = matchMedia("(prefers-reduced-motion: reduce)");
-const colours = new Map(); // a name keeps its colour while the page is open
+const colours = new Map(); // of the names in the chart of spend: each keeps its own while it is there
 
 function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function colour(name, others) {
-  if (others) return "--series-others";
-  if (!colours.has(name)) colours.set(name, `--series-${(colours.size % SERIES) + 1}`);
-  return colours.get(name);
+/** Gives at most SERIES names colours, no two the same. */
+function paint(names) {
+  for (const name of colours.keys()) if (!names.includes(name)) colours.delete(name);
+  const free = new Set(Array.from({ length: SERIES }, (_, i) => `--series-${i + 1}`));
+  for (const taken of colours.values()) free.delete(taken);
+  for (const name of names) {
+    if (colours.has(name)) continue;
+    const [first] = free;
+    free.delete(first);
+    colours.set(name, first);
+  }
 }
 
 /** What bars may show: {value: name of the choice, label, of(Sum) as a Number, exact(Sum) as text, axis(Number)}. */
@@ -172,8 +180,9 @@ export class Charts {
     const others = (n) => `${n} others`;
     const name = tenant ? (line) => line.job : (line) => line.tenant;
     const groups = usage.stacked(name, measure.of, SERIES, others);
+    paint([...groups.keys()].filter((label) => !OTHERS.test(label)).map((label) => `${tenant}/${label}`));
     this.spend.show(usage, [...groups].map(([label, sums]) => ({
-      label, sums, colour: colour(`${tenant}/${label}`, / others$/.test(label)), of: measure.of, exact: measure.exact,
+      label, sums, colour: colours.get(`${tenant}/${label}`) ?? "--series-others", of: measure.of, exact: measure.exact,
     })), measure.axis);
 
     const sums = usage.overTime();

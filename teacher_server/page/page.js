@@ -10,7 +10,7 @@ const PATIENCE_MS = 15_000;
 const TOKEN = "preceptor-token";
 const byId = (id) => document.getElementById(id);
 
-const page = { charts: new Charts(), jobs: new JobsTable(), usage: null, updated: null, timer: 0, asking: null };
+const page = { charts: new Charts(), jobs: new JobsTable(), usage: null, range: "", updated: null, timer: 0, asking: null };
 
 // ------------------------------------------------------------ asking
 
@@ -34,25 +34,30 @@ function range() {
   return document.querySelector("input[name=range]:checked").value;
 }
 
+/** Whether the figures are now those of the range that was chosen when it began. */
 async function refresh() {
   clearTimeout(page.timer);
   page.asking?.abort();
   const mine = (page.asking = new AbortController());
   const patience = setTimeout(() => mine.abort("late"), PATIENCE_MS);
+  const wanted = range();
+  let came = false;
   try {
-    const reply = await ask(`/v1/usage?${range()}`, mine.signal);
+    const reply = await ask(`/v1/usage?${wanted}`, mine.signal);
     const usage = new Usage(await reply.json());
-    if (page.asking !== mine) return;
+    if (page.asking !== mine) return false;
     page.usage = usage;
+    page.range = wanted;
     page.updated = new Date();
     signedIn();
     show();
     tell("live", `Live · updated ${timeOfDay(page.updated)}`);
+    came = true;
   } catch (error) {
-    if (page.asking !== mine) return;
+    if (page.asking !== mine) return false;
     if (error instanceof Refused && [401, 403].includes(error.status)) {
       signIn(error);
-      return;
+      return false;
     }
     lost(error);
   } finally {
@@ -60,6 +65,7 @@ async function refresh() {
     if (page.asking === mine) page.asking = null;
   }
   schedule();
+  return came;
 }
 
 function schedule() {
@@ -78,9 +84,15 @@ function tell(state, text) {
   }
 }
 
+/** "24 hours" */
+function nameOf(value) {
+  return document.querySelector(`input[name=range][value="${value}"]`).parentElement.textContent.trim();
+}
+
 function lost(error) {
   const why = error instanceof Refused ? `The server says: ${error.message}.` : "The server cannot be reached.";
-  const since = page.updated ? ` The figures are of ${timeOfDay(page.updated)}.` : "";
+  const others = () => (page.range === range() ? "" : `, and still those of ${nameOf(page.range)}`);
+  const since = page.updated ? ` The figures are of ${timeOfDay(page.updated)}${others()}.` : "";
   tell("lost", "Not live");
   const text = `${why}${since} Trying again every ${REFRESH_MS / 1000} seconds.`;
   if (byId("trouble").textContent !== text) byId("trouble").textContent = text;
@@ -138,8 +150,8 @@ function show() {
   const tenant = byId("tenant").value;
   const usage = everything.of(tenant);
   const total = usage.total();
-  const currencies = everything.currencies.length ? everything.currencies
-    : [...new Set(everything.teachers.map((teacher) => teacher.currency))];
+  const all = new Set([...everything.currencies, ...everything.teachers.map((teacher) => teacher.currency)]);
+  const currencies = everything.currencies.length ? everything.currencies : [...all];
   const empty = total.asked === 0 && total.computed === 0;
   byId("empty").hidden = !empty;
   byId("filled").hidden = empty;
@@ -155,7 +167,7 @@ function show() {
     const measure = choices.find(({ value }) => value === byId("measure").value) ?? choices[0];
     ready.then(() => page.charts.show(usage, measure, tenant));
   }
-  showBudgets(usage, currencies);
+  showBudgets(usage, [...all].sort());
   showBooks(everything);
   showTeachers(everything.teachers);
   ready.then(() => {
@@ -177,8 +189,8 @@ function options(select, pairs) {
 
 function figure(id, text, exact, note) {
   const element = byId(`total-${id}`);
-  element.replaceChildren(...text.split(/(\s\p{L}+\s?)/u).map((part) => {
-    if (!/^\s\p{L}/u.test(part)) return part;
+  element.replaceChildren(...text.split(/(\s\p{L}+(?:\s|$))/u).map((part) => {
+    if (!/^\s\p{L}+\s?$/u.test(part)) return part;
     const unit = document.createElement("small"); // smaller than its number
     unit.textContent = part;
     return unit;
@@ -242,9 +254,7 @@ byId("sign-out").addEventListener("click", signOut);
 byId("csv").addEventListener("click", download);
 for (const input of document.querySelectorAll("input[name=range]")) {
   input.addEventListener("change", async () => {
-    await refresh();
-    const name = input.parentElement.textContent.trim();
-    if (page.usage) say(`${name}: ${byId("total-computed").textContent} samples computed.`);
+    if (await refresh()) say(`${nameOf(input.value)}: ${byId("total-computed").textContent} samples computed.`);
   });
 }
 for (const id of ["tenant", "measure"]) byId(id).addEventListener("change", () => page.usage && show());

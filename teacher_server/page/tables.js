@@ -3,6 +3,8 @@
 import { about, count, duration, flops, moment, monies, money, places, share } from "./format.js";
 import { outlook } from "./usage.js";
 
+const LONG = 32;
+
 const byId = (id) => document.getElementById(id);
 
 function cell(text, exact, className) {
@@ -16,10 +18,16 @@ function cell(text, exact, className) {
   return td;
 }
 
+/** A long name is broken into lines; others are kept whole, and set the width of their column. */
+function named(element, text) {
+  element.textContent = text;
+  element.classList.toggle("long", text.length > LONG);
+  return element;
+}
+
 function rowHead(text, sub) {
-  const th = document.createElement("th");
+  const th = named(document.createElement("th"), text);
   th.scope = "row";
-  th.textContent = text;
   if (sub) {
     const small = document.createElement("span");
     small.className = "sub";
@@ -106,7 +114,7 @@ export class JobsTable {
     some.sort((a, b) => (this.falling ? -1 : 1) * order(key(a), key(b)) || order(name(a), name(b)));
     const digits = Math.max(2, ...this.jobs.flatMap(({ sum }) => [...sum.money.values()].map(places)));
     byId("jobs-rows").replaceChildren(...some.map(({ tenant, job, sum }) => {
-      const tr = line(rowHead(tenant), cell(job), ...COLUMNS.map(([, , made]) => made(sum, digits)));
+      const tr = line(rowHead(tenant), named(cell(""), job), ...COLUMNS.map(([, , made]) => made(sum, digits)));
       Object.assign(tr.dataset, { tenant, job });
       return tr;
     }));
@@ -154,8 +162,10 @@ export function showSavings(total) {
 const PER = { total: "in all", day: "a day", month: "a month" };
 
 export function showBudgets(usage, currencies) {
-  const currency = currencies[0] ?? "";
-  const amount = (n, unit) => (unit === "money" ? money(BigInt(n), currency)
+  // A budget counts the nanos of every price alike: of several currencies it can be given no single one.
+  const spend = (nanos) => (currencies.length > 1 ? `${money(nanos, "")} ${currencies.join("/")}`
+    : money(nanos, currencies[0] ?? ""));
+  const amount = (n, unit) => (unit === "money" ? spend(BigInt(n))
     : `${count(BigInt(n))} ${BigInt(n) === 1n ? "sample" : "samples"}`);
   byId("budget-rows").replaceChildren(...usage.budgets.map((budget) => {
     const { unit, limit, spent, left } = budget;

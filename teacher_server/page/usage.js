@@ -90,10 +90,10 @@ export class Usage {
     return sums;
   }
 
-  /** Map of group -> [Sum for each period]: those with the largest totals, and the rest as `others`. */
+  /** Map of group -> [Sum for each period]: those with the largest totals, and the rest, two or more, as `others`. */
   stacked(name, size, most, others) {
     const totals = [...this.sums(name)].sort((a, b) => size(b[1]) - size(a[1]) || (a[0] < b[0] ? -1 : 1));
-    const few = totals.length > most + 1 ? totals.slice(0, most) : totals;
+    const few = totals.length > most ? totals.slice(0, Math.min(most, totals.length - 2)) : totals;
     const kept = few.map(([key]) => key).sort();
     const left = totals.length - kept.length;
     const keys = left ? [...kept, others(left)] : kept;
