@@ -85,6 +85,16 @@ def test_the_command_reads_what_serve_reads(tmp_path, monkeypatch, capsys):
     assert "problem  teacher" in capsys.readouterr().out
 
 
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_no_traceback(tmp_path, capsys):
+    given = arguments(tmp_path) | {"model": f"{__name__}:interrupted"}
+    assert main(["doctor", "--model", given["model"], "--weights", str(given["weights"])]) == 130
+    assert capsys.readouterr().err == "teacher-server: interrupted\n"
+
+
 def test_help_takes_well_under_a_second():
     began = time.monotonic()
     done = subprocess.run(
