@@ -27,6 +27,7 @@ from pydantic_settings import (
 _SERVICE_LINK = re.compile(
     r"\w+_SERVICE_(HOST|PORT)(_\w+)?=.*|\w+_PORT_\d+_(TCP|UDP)(_\w+)?=.*|\w+_PORT=(tcp|udp)://.*"
 )
+_USER_INFO = re.compile(r"://\S*@")  # of a URL; there may be a password in it
 _POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks such a field in its metadata
 
 
@@ -139,7 +140,7 @@ def _say(problem: ErrorDetails, settings: type[Settings]) -> str:
     flag = f"--{key.replace('_', '-')}"
     if key in settings.model_fields and _POSITIONAL in settings.model_fields[key].metadata:
         flag = key.upper()
-    given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    given = "" if problem["type"] == "missing" else f", got {_USER_INFO.sub('://...@', repr(problem['input']))}"
     return f"{key}: {problem['msg']}{given} ({flag})"
 
 

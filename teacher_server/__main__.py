@@ -97,7 +97,11 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it; gRPC's log repeats it
-    return run_command("teacher-server", COMMANDS, argv)
+    try:
+        return run_command("teacher-server", COMMANDS, argv)
+    except KeyboardInterrupt:
+        print("teacher-server: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -62,7 +62,12 @@ def new_token(tenant: str, role: Role = "student", name: str = "") -> tuple[str,
 def read_tokens(path: Path) -> dict[str, Token]:
     """By digest. Raises OSError, or ValueError naming the line; it repeats nothing of it: it may be a token."""
     tokens: dict[str, Token] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{number}: {error.reason}; the file has to be UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         try:
             token = _parsed(line)
         except ValueError as error:

@@ -85,6 +85,16 @@ def test_the_command_reads_what_serve_reads(tmp_path, monkeypatch, capsys):
     assert "problem  teacher" in capsys.readouterr().out
 
 
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_no_traceback(tmp_path, capsys):
+    given = arguments(tmp_path) | {"model": f"{__name__}:interrupted"}
+    assert main(["doctor", "--model", given["model"], "--weights", str(given["weights"])]) == 130
+    assert capsys.readouterr().err == "teacher-server: interrupted\n"
+
+
 def test_help_takes_well_under_a_second():
     began = time.monotonic()
     done = subprocess.run(
@@ -278,6 +288,7 @@ def test_ports_that_are_taken(tmp_path):
         taken_port, free = network.ports(settings(tmp_path, grpc_port=port))
     assert (taken_port.level, free.level) == ("problem", "ok")
     assert f"--grpc-port: cannot bind 127.0.0.1:{port}" in taken_port.said
+    assert "end whoever listens there" in taken_port.fix
     assert "another --grpc-port" in taken_port.fix
     (same,) = network.ports(settings(tmp_path, grpc_port=port, http_port=port))
     assert same.level == "problem"
@@ -286,6 +297,12 @@ def test_ports_that_are_taken(tmp_path):
 def test_a_host_that_is_none(tmp_path):
     (found,) = network.ports(settings(tmp_path, host="host.invalid"))
     assert (found.level, found.fix) == ("problem", "give an address of this machine")
+
+
+def test_an_address_of_another_machine(tmp_path):
+    for found in network.ports(settings(tmp_path, host="192.0.2.1")):
+        assert "cannot bind 192.0.2.1:0" in found.said
+        assert (found.level, found.fix) == ("problem", "give --host an address of this machine")
 
 
 def test_a_public_address_without_tokens(tmp_path):

@@ -12,6 +12,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+import trustme
 import yaml
 
 from student_worker import TeacherClient
@@ -44,6 +45,17 @@ def promtool(*arguments, **options):
 @needs_prometheus
 def test_rules_are_understood():
     promtool("check", "rules", FOLDER / "rules.yml", FOLDER / "alerts.yml")
+
+
+@needs_prometheus
+def test_the_lines_for_a_teacher_with_a_certificate_are_understood(tmp_path):
+    configure(tmp_path, "teacher.example:8000")
+    file = tmp_path / "prometheus.yml"
+    file.write_text(re.sub(r"# (scheme|tls_config):", r"\1:", file.read_text()))
+    (tmp_path / "ca.pem").write_bytes(trustme.CA().cert_pem.bytes())
+    promtool("check", "config", file)
+    (scraped,) = yaml.safe_load(file.read_text())["scrape_configs"]
+    assert (scraped["scheme"], scraped["tls_config"]) == ("https", {"ca_file": "ca.pem"})
 
 
 @needs_prometheus

@@ -9,6 +9,7 @@ import pytest
 
 from protos.settings import run_command
 from student_worker.config import CompareSettings, TrainSettings
+from teacher_server.config import ServeSettings
 
 COMMANDS = {
     "train": (TrainSettings, lambda settings: sys.stdout.write(f"{settings.epochs} {settings.crop}\n") and 0),
@@ -65,6 +66,17 @@ def test_what_is_wrong_is_named_with_its_value(arguments, variables, file, messa
         arguments = ["--config", str(tmp_path / "run.toml")]
     assert run("train", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_password_in_a_url_is_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TEACHER_OTLP_ENDPOINT", "http://user:secret-1@127.0.0.1:4317")
+    config = tmp_path / "serve.toml"
+    config.write_text('model = "m:m"\nweights = "w"\nledger_redis_url = ["redis://:secret-2@127.0.0.1"]\n')
+    assert run_command("teacher-server", {"serve": (ServeSettings, print)}, ["serve", "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "'http://...@127.0.0.1:4317' (--otlp-endpoint)" in said
+    assert "--ledger-redis-url" in said
+    assert "secret" not in said
 
 
 def test_an_unknown_flag_is_an_error(capsys):

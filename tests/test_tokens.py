@@ -137,6 +137,14 @@ def test_a_line_that_is_none_is_named(tmp_path, line):
     assert said in str(refused.value)
 
 
+def test_a_file_that_is_no_text_is_named_with_its_line(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_bytes(f"{digest_of('one')} red\n".encode() + "Jürgen".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"tokens:2: .*; the file has to be UTF-8") as refused:
+        read_tokens(file)
+    assert "rgen" not in str(refused.value)
+
+
 def _add(path, tenant):
     for _ in range(10):
         add_token(path, new_token(tenant)[1])

@@ -1,5 +1,6 @@
 """Where the server is to be reached, by whom, and whom it is to reach."""
 
+import errno
 import socket
 import stat
 from collections.abc import Iterator
@@ -38,7 +39,11 @@ def ports(settings: ServeSettings) -> Iterator[Finding]:
             yield problem("ports", f"--host {settings.host}: {error.strerror}", "give an address of this machine")
             return
         except OSError as error:
-            fix = f"end whoever listens there (ss -ltnp 'sport = :{port}'), or give another {flag}"
+            fix = f"give another {flag}"
+            if error.errno == errno.EADDRNOTAVAIL:
+                fix = "give --host an address of this machine"
+            elif error.errno == errno.EADDRINUSE:
+                fix = f"end whoever listens there (ss -ltnp 'sport = :{port}'), or {fix}"
             yield problem("ports", f"{flag}: cannot bind {where} ({error.strerror})", fix)
         else:
             yield ok("ports", f"{flag}: {where} is free" if port else f"{flag}: a free one each time")
