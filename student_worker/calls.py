@@ -61,6 +61,7 @@ class Calls:
             for address in addresses
         ]
         self._probed: dict[str, float] = {}  # when each address was last looked at
+        self._distrusted: dict[str, float] = {}  # and when it was last found that trust is what lacks
         self._stubs = [teacher_pb2_grpc.TeacherStub(channel) for channel in self._channels]
         self._current = 0
         self.closed = threading.Event()
@@ -105,19 +106,28 @@ class Calls:
             raise TeacherUnavailable("this client is closed") from error  # grpc's word for it
         except grpc.RpcError as error:
             ours = translated(cast("grpc.Call", error), self.addresses[at])  # what a stub raises is both
-            if isinstance(ours, Retryable) and not ours.connected:
-                self._check_trust(self.addresses[at])
             if isinstance(ours, Retryable) and self._current == at:
                 self._current = (at + 1) % len(self._stubs)
+            if isinstance(ours, Retryable) and not ours.connected:
+                self._check_trust(self.addresses[at])
             raise ours from error
 
     def _check_trust(self, address: str) -> None:
-        """Raises NotTrusted where no connection came about for want of trust: trying again would not help."""
-        if monotonic() - self._probed.get(address, -math.inf) < _PROBED_SECONDS:
+        """Raises NotTrusted where no connection came about for want of trust, and at no other address either.
+
+        Then trying again would not help; while another may answer, it is a warning.
+        """
+        now = monotonic()
+        if now - self._probed.get(address, -math.inf) < _PROBED_SECONDS:
             return
-        self._probed[address] = monotonic()
-        if (reason := fault(address, self._tls)) is not None:
+        self._probed[address] = now
+        if (reason := fault(address, self._tls)) is None:
+            self._distrusted.pop(address, None)
+            return
+        self._distrusted[address] = now
+        if all(now - self._distrusted.get(one, -math.inf) < _PROBED_SECONDS for one in self.addresses):
             raise NotTrusted(f"{address}: {reason}")
+        _log.warning("%s: %s; asking the other addresses", address, reason)
 
 
 def _tell(timeout: float, state: tenacity.RetryCallState) -> None:

@@ -9,7 +9,7 @@ import grpc
 _PROBE_SECONDS = 3.0
 # How HTTP/2 begins: the client's preface and empty SETTINGS (RFC 9113, 3.4). A gRPC server answers at once.
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNEXPECTED_EOF_WHILE_READING"}
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}
 
 
 class Tls:
@@ -82,6 +82,8 @@ def _refusal(plain: socket.socket, host: str, tls: Tls) -> str | None:
             return _of_ours(connection, tls)
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not accepted ({error.verify_message}): is ca_file the one that signed it?"
+    except ssl.SSLEOFError:  # no word: a server that has no room, or a balancer that has no server
+        return None
     except ssl.SSLError as error:
         if error.reason in _NO_TLS:
             return "it speaks no TLS, or another port was meant"

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,18 +146,22 @@ def _rewrite(path: Path, change: Callable[[str, Mapping[str, Token]], str]) -> N
                 file.flush()
                 os.fsync(file.fileno())
             if path.exists():
-                _keep_owner(path, temporary)
+                _keep_access(path, temporary)
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink()
             raise
 
 
-def _keep_owner(path: Path, temporary: str) -> None:
-    """The server may run as another user than the one who writes."""
-    owner = path.stat()
-    if (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
-        os.chown(temporary, owner.st_uid, owner.st_gid)
+def _keep_access(path: Path, temporary: str) -> None:
+    """The server may run as another user than the one who writes, and read the file as its owner or by its group.
+
+    Who could read it no more would go by the tokens known before, a revoked one too.
+    """
+    before = path.stat()
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        os.chown(temporary, before.st_uid, before.st_gid)
+    Path(temporary).chmod(stat.S_IMODE(before.st_mode))
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import pytest
 
@@ -148,6 +150,36 @@ def test_what_is_not_there_is_still_waited_for(world):
         TeacherClient(f"{HOST}:{free_port()}", ca_file=world.ours.file, timeout=0.5) as client,
     ):
         client.describe()
+
+
+def test_one_replica_that_is_not_trusted_is_told_of_and_the_other_asked(tls, world, tmp_path, caplog):
+    with serving(**arguments(tmp_path), **served_with(world.theirs.issue(HOST))) as other:
+        assert ask([other.grpc_address, tls.grpc_address], ca_file=world.ours.file) == 3
+        assert f"{other.grpc_address}: its certificate is not accepted" in caplog.text
+        with pytest.raises(NotTrusted, match="certificate is not accepted"):
+            ask([other.grpc_address, other.grpc_address.replace(HOST, "localhost")], ca_file=world.ours.file)
+
+
+def test_a_connection_closed_without_a_word_is_tried_again(world):
+    """As a server without room closes it, or a balancer that has no server just now."""
+    with socket.create_server((HOST, 0)) as listening:
+
+        def close_all():
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(4096)
+
+        threading.Thread(target=close_all, daemon=True).start()
+        try:
+            with (
+                pytest.raises(TeacherUnavailable, match="gave up after"),
+                TeacherClient(f"{HOST}:{listening.getsockname()[1]}", ca_file=world.ours.file, timeout=0.5) as client,
+            ):
+                client.describe()
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)  # wakes who accepts
 
 
 def test_a_server_reached_from_outside_still_needs_tokens_but_is_not_warned_of_clear_text(world, tmp_path, caplog):

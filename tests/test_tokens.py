@@ -73,6 +73,15 @@ def test_revoking_takes_one_line_out_and_leaves_the_rest_as_it_was(token, file):
     assert file.read_text() == "# team red\n\n   # the end\n"
 
 
+def test_who_could_read_the_file_still_can(token, file):
+    token("new", "red", "--token-name", "ann")
+    file.chmod(0o640)  # for the group that the server runs as
+    token("new", "red")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    token("revoke", "ann")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
 def test_a_link_stays_one(token, file, tmp_path):
     (tmp_path / "there").mkdir()
     file.symlink_to(tmp_path / "there" / "tokens")
