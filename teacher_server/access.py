@@ -4,6 +4,7 @@ Never in it: tokens or any other header, samples, answers, query strings.
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from http import HTTPStatus
 from time import monotonic_ns
@@ -14,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protos import teacher_pb2 as pb
 from teacher_server.auth import Caller
+from teacher_server.tokens import PREFIX
 from teacher_server.trails import Trail, concern
 
 _log = logging.getLogger(__name__)
 _SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
 _PATH_CHARACTERS = 256
+_TOKEN = re.compile(rf"{PREFIX}[\w-]+")  # which somebody took for an address
 _PROBES = {"/livez", "/readyz", "/metrics"}
 
 Reply = pb.LabelResponse | pb.LookupResponse | pb.DescribeResponse | pb.SpendResponse
@@ -123,7 +126,7 @@ class LoggedRequests:
                 host, port = scope.get("client") or ("", 0)
                 fields = {
                     "trace_id": trail.mark.trace_id,
-                    "call": f"{scope['method']} {scope['path'][:_PATH_CHARACTERS]}",
+                    "call": f"{scope['method']} {_TOKEN.sub(PREFIX + '...', scope['path'])[:_PATH_CHARACTERS]}",
                     "code": status,  # 0: it went away before it was answered
                     "tenant": scope.get("state", {}).get("tenant", ""),
                     "peer": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",

@@ -273,12 +273,14 @@ def test_secrets_and_samples_are_in_nothing_that_a_server_writes(tmp_path):
                 f"GET / HTTP/1.1\r\nhost: x\r\nauthorization : Bearer {TOKEN}\r\n\r\n".encode(),
                 f"GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\x00\r\n\r\n".encode(),
                 f"Bearer {TOKEN}\r\n\r\n".encode(),
+                f"GET /preceptor_{TOKEN} HTTP/1.1\r\nhost: x\r\n\r\n".encode(),
                 f"PUT /v1/budgets/red HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n"
                 "content-length: 5\r\n\r\n{bad}".encode(),
             )
             redis.kill()
             refusal(stub.Spend, pb.SpendRequest(), metadata=right)
         assert len(written.calls(code="UNAUTHENTICATED")) == 3
+        assert len(written.calls(call="GET /preceptor_...", code=404)) == 1
         assert written.calls(code="INTERNAL")
         assert [line for line in written.lines if line["logger"] == "uvicorn.error"]
         assert [line for line in written.lines if line["logger"] == "teacher_server.pipeline"]
