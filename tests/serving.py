@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from teacher_server.config import ServeSettings
+from teacher_server.http_app import HttpApp
 from teacher_server.server import RunningServer, teacher_server
 from tests.teachers import TINY, save, tiny
 
@@ -179,6 +180,34 @@ def _serving(settings: dict[str, object]) -> Iterator[RunningServer]:
             loop.call_soon_threadsafe(stop.set)
     finally:
         thread.join(60)
+
+
+@contextmanager
+def http_serving(app: Callable[[], AbstractAsyncContextManager[HttpApp]]) -> Iterator[int]:
+    """What `app()` gives, an HttpApp by itself, entered in a thread of this process; its port."""
+    ready: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        try:
+            async with app() as entered:
+                ready.set_result((entered.port, asyncio.get_running_loop(), stop))
+                await stop.wait()
+        except BaseException as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        port, loop, stop = ready.result(30)
+        try:
+            yield port
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+    finally:
+        thread.join(30)
 
 
 @contextmanager

@@ -1,12 +1,10 @@
 """Spend and budgets over HTTP, beside a real Valkey; who may see and change what, and how refusals read."""
 
-import asyncio
 import json
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import pytest
 from google.protobuf import json_format
@@ -23,7 +21,7 @@ from teacher_server.store import Store
 from teacher_server.tokens import Token, digest_of
 from tests.asking import asking, pixels, stub_at
 from tests.redis_servers import running
-from tests.serving import arguments, serving
+from tests.serving import arguments, http_serving, serving
 from tests.spending import RED, a_redis, charge, fill, using
 
 ADMIN = "root"
@@ -61,34 +59,19 @@ class Api:
 
 @contextmanager
 def http(url, tokens=None, post=None):
-    """An HttpApp in a thread of this process."""
-    ready, ended = threading.Event(), []
+    """An HttpApp on the ledger at `url`."""
 
-    async def serve():
+    @asynccontextmanager
+    async def app():
         metrics = Metrics()
         async with Store(url, "ledger") as store:
             books = Books(store) if post is None else Books(store, lambda: post(store))
-            app = HttpApp(
-                Service(metrics, books),
-                Authenticator(tokens and (lambda: tokens)),
-                metrics,
-                NetworkConfig(http_port=0),
-                books,
-            )
-            async with app:
-                stop = asyncio.Event()
-                ended.extend([asyncio.get_running_loop(), stop, app.port])
-                ready.set()
-                await stop.wait()
+            who = Authenticator(tokens and (lambda: tokens))
+            async with HttpApp(Service(metrics, books), who, metrics, NetworkConfig(http_port=0), books) as entered:
+                yield entered
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(30)
-        yield Api(f"127.0.0.1:{ended[2]}", url)
-    finally:
-        ended[0].call_soon_threadsafe(ended[1].set)
-        thread.join(30)
+    with http_serving(app) as port:
+        yield Api(f"127.0.0.1:{port}", url)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """How many connections, and how long they may take: mostly HTTP, on a server in this process with little patience."""
 
-import asyncio
-import threading
 import time
 import urllib.request
 from contextlib import ExitStack, contextmanager
@@ -19,7 +17,7 @@ from teacher_server.service import Service
 from teacher_server.tls import Certificates
 from tests import attacking
 from tests.certificates import Authority
-from tests.serving import arguments, serving, until
+from tests.serving import arguments, http_serving, serving, until
 
 SHORT = Patience(request_seconds=0.5, reading_seconds=0.3)
 
@@ -39,33 +37,16 @@ class Http:
 
 @contextmanager
 def http(*, patience=SHORT, max_connections=16, certificates=None):
-    ready, ended, metrics = threading.Event(), [], Metrics()
+    metrics = Metrics()
 
-    async def serve():
+    def app():
         books = Books(None)
-        app = HttpApp(
-            Service(metrics, books),
-            Authenticator(),
-            metrics,
-            NetworkConfig(http_port=0, max_connections=max_connections),
-            books,
-            certificates=certificates,
-            patience=patience,
-        )
-        async with app:
-            stop = asyncio.Event()
-            ended.extend([asyncio.get_running_loop(), stop, app.port])
-            ready.set()
-            await stop.wait()
+        config = NetworkConfig(http_port=0, max_connections=max_connections)
+        service = Service(metrics, books)
+        return HttpApp(service, Authenticator(), metrics, config, books, certificates=certificates, patience=patience)
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(30)
-        yield Http(f"127.0.0.1:{ended[2]}", metrics)
-    finally:
-        ended[0].call_soon_threadsafe(ended[1].set)
-        thread.join(30)
+    with http_serving(app) as port:
+        yield Http(f"127.0.0.1:{port}", metrics)
 
 
 def page(server, path="/livez"):
