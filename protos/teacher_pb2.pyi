@@ -109,12 +109,26 @@ class DescribeRequest(_message.Message):
     def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("teachers", "server_version")
+    __slots__ = ("teachers", "server_version", "replicas", "address")
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     teachers: _containers.RepeatedCompositeFieldContainer[TeacherDescription]
     server_version: str
-    def __init__(self, teachers: _Optional[_Iterable[_Union[TeacherDescription, _Mapping]]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    address: str
+    def __init__(self, teachers: _Optional[_Iterable[_Union[TeacherDescription, _Mapping]]] = ..., server_version: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., address: _Optional[str] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("address", "teacher", "fingerprint")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    teacher: str
+    fingerprint: str
+    def __init__(self, address: _Optional[str] = ..., teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class TeacherDescription(_message.Message):
     __slots__ = ("name", "fingerprint", "inputs", "outputs", "flops_per_sample", "price", "limits", "precision")

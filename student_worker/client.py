@@ -22,7 +22,7 @@ from protos.keys import KEY_BYTES, sample_keys
 from protos.wire import Array
 from student_worker.answer import Answer, Lookup, decoded, decoded_lookup, interleaved, looked_up
 from student_worker.calls import Calls
-from student_worker.errors import InvalidQuery, TeacherFailed, TeacherUnavailable, UnknownTeacher
+from student_worker.errors import FingerprintChanged, InvalidQuery, TeacherFailed, TeacherUnavailable, UnknownTeacher
 from student_worker.samples import Samples, count, named_arrays
 from student_worker.threads import DaemonPool
 from student_worker.tls import Tls
@@ -58,7 +58,7 @@ class TeacherClient:
     A query is sent in parts of a few of the server's batches, each charged, or refused, by itself. At most `window`
     parts are in flight, and each call has `timeout` seconds, retries included. UNAVAILABLE, a full queue and others'
     reserved budget are retried: at the next address where there is one, else with jittered backoff and not before the
-    server's own hint. The first answer pins the teacher's fingerprint: another one later raises FingerprintChanged.
+    server's own hint. `fingerprint`, or else the first answer, pins the teacher: another one raises FingerprintChanged.
     `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which must then be the
     loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares. With
     `tls` the server must show a certificate signed by a CA of this machine, or of `ca_file`; `certificate_file` and
@@ -81,6 +81,7 @@ class TeacherClient:
         k: int = 0,
         temperature: float = 1.0,
         cache_namespace: str = "",
+        fingerprint: str = "",
         window: int = 8,
         timeout: float = 60.0,
     ) -> None:
@@ -104,6 +105,7 @@ class TeacherClient:
         self._teacher = teacher
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._namespace = cache_namespace
+        self._fingerprint = fingerprint
         files = [None if file is None else Path(file) for file in (ca_file, certificate_file, key_file)]
         trust = Tls(*files) if tls or any(files) else None
         self._call = Calls(address, job=job, token=token, timeout=timeout, tls=trust)
@@ -139,6 +141,11 @@ class TeacherClient:
                 (description,) = reply.teachers
                 if not description.inputs or len(description.outputs) != 1 or len(description.outputs[0].shape) != 1:
                     raise TeacherFailed("the server describes a teacher without inputs or without its one output")
+                if self._fingerprint not in ("", description.fingerprint):
+                    raise FingerprintChanged(
+                        f"fingerprint: this run began with {self._fingerprint}, {self._call.addresses} serves "
+                        f"{description.fingerprint}; bring that teacher back, or begin a new run"
+                    )
                 self._description = description
             return self._description
 
