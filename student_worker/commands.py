@@ -202,6 +202,7 @@ def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None 
                 )
 
         def on_checkpoint(state: State) -> None:
+            events.flush()  # or a killed run's curves would have a gap before its state
             save_state(state_path(settings.output), state)
             if answers is not None and state.unix is not None:
                 answers.rotate(state.unix)
