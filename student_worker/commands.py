@@ -171,7 +171,7 @@ def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None 
         answers, fingerprint = None, ""
         if not settings.method.startswith("hard"):
             client = stack.enter_context(_client(settings, settings.job, resumed.fingerprint if resumed else ""))
-            fingerprint = resumed.fingerprint if resumed else client.describe().fingerprint
+            fingerprint = client.describe().fingerprint  # where another teacher answers, a resumed run fails here
             answers = stack.enter_context(AnswerLog(client, _answers_path(settings)))
         # disable=None: a bar on a terminal, a line an epoch in a log.
         bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
