@@ -82,7 +82,7 @@ def test_parts_are_the_batch(world):
 
 @pytest.mark.parametrize("run", ["talking", "talking-ahead"])
 def test_a_rank_without_a_sample_takes_part_in_every_forward_pass(seen, run):
-    """The student's passes wait for each other as SyncBatchNorm's do, and fail where one learns while another scores."""
+    """The student's passes wait for each other as SyncBatchNorm's do, and fail where one learns and another scores."""
     first, second = (rank[run] for rank in seen)
     assert first["passes"] == second["passes"]
     assert sorted(first["passes"]) == ["learn"] * STEPS + ["score"] * STEPS
