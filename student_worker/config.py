@@ -149,7 +149,7 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, WorkersC
     """Steps between two writings of the state that --resume reads; 0 = it is written at each epoch's end only."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(TeacherConfig.model_fields) - {"cache_namespace"} | {
-        "config", "output", "overwrite", "resume", "checkpoint_steps",
+        "config", "output", "overwrite", "resume", "checkpoint_steps", "max_failures", "cpus_per_worker",
     }  # fmt: skip
     """Fields in which a resumed run may differ from what it began with: none changes what is learnt."""
 

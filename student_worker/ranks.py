@@ -46,9 +46,16 @@ class Ranks:
         """Each value summed over the ranks; waits until all ranks are here."""
         return values
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+
     def seed(self, seed: int) -> int:
         """A seed of this rank's own; rank 0 has the run's, so that one rank is the run of one process."""
         return seed
+
+    def all_raise(self, error: Exception) -> bool:  # noqa: ARG002
+        """Do all ranks end with this error, at the same step? Else the others may be waiting for this one."""
+        return True
 
 
 ALONE = Ranks()
@@ -61,6 +68,7 @@ class Group(Ranks):
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self._words = words
+        self._raised: Exception | None = None
 
     def wrap(self, student: nn.Module) -> nn.Module:
         # Buffers stay each rank's own. Broadcast at each step, rank 0's batch-norm statistics would overwrite what the
@@ -81,7 +89,8 @@ class Group(Ranks):
             samples = 0 if batch is None else learnt(batch)
             total, failed, ended = self.sums(samples, error is not None, batch is None and error is None)
             if failed:
-                raise self._first(error)
+                self._raised = self._first(error)
+                raise self._raised
             if batch is None or ended:
                 if ended < self.world:
                     raise RuntimeError(f"{ended:.0f} of {self.world} ranks have no batch at this step, the others do")
@@ -92,6 +101,12 @@ class Group(Ranks):
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums, group=self._words)
         return tuple(sums.tolist())
+
+    def wait(self) -> None:
+        self.sums(0.0)
+
+    def all_raise(self, error: Exception) -> bool:
+        return error is self._raised
 
     def seed(self, seed: int) -> int:
         return seed if self.rank == 0 else int(np.random.SeedSequence([seed, self.rank]).generate_state(1)[0])

@@ -127,40 +127,45 @@ def train(
                 on_step(lessons.steps, steps, run.losses[-1], b)
                 if run.due():
                     on_checkpoint(run.state(perf_counter() - began))
-        right = 0.0
-        if ranks.rank == 0:  # the others wait below
-            right = accuracy(student, normalised, data.test_x, data.test_y, device)
-        loss_sum, test_accuracy, *counts = ranks.sums(
-            sum(run.losses) / ranks.world,
-            right,
-            lessons.asked,
-            *(lessons.sources[source] for source in ("computed", "cached", "coalesced")),
-            lessons.scored,
-            lessons.learnt,
-        )
-        asked, computed, cached, coalesced, scored, learnt = map(int, counts)
-        progress = Progress(
-            epoch=epoch + 1,
-            steps=lessons.steps,
-            of_steps=steps,
-            loss=loss_sum / len(run.losses) if run.losses else None,
-            accuracy=test_accuracy,
-            taught=lessons.taught,
-            asked=asked,
-            computed=computed,
-            cached=cached,
-            coalesced=coalesced,
-            scored=scored,
-            learnt=learnt,
-            seconds=perf_counter() - began,
-            budget_spent=lessons.budget_spent,
-        )
+        # Rank 0 evaluates; the others wait for it where the counts are summed.
+        right = accuracy(student, normalised, data.test_x, data.test_y, device) if ranks.rank == 0 else 0.0
+        progress = _progress(run, ranks, steps, right, perf_counter() - began)
         on_epoch(progress, student, data)
         if lessons.over:
             break
         run.end_epoch(asdict(progress))
         on_checkpoint(run.state(progress.seconds))
     return progress
+
+
+def _progress(run: Run, ranks: Ranks, of_steps: int, right: float, seconds: float) -> Progress:
+    """Of the whole run, at an epoch's end. `right` is the accuracy on rank 0, 0 on the others."""
+    lessons = run.lessons
+    loss, accuracy, *counts = ranks.sums(
+        sum(run.losses) / ranks.world,
+        right,
+        lessons.asked,
+        *(lessons.sources[source] for source in ("computed", "cached", "coalesced")),
+        lessons.scored,
+        lessons.learnt,
+    )
+    asked, computed, cached, coalesced, scored, learnt = map(int, counts)
+    return Progress(
+        epoch=run.epoch + 1,
+        steps=lessons.steps,
+        of_steps=of_steps,
+        loss=loss / len(run.losses) if run.losses else None,
+        accuracy=accuracy,
+        taught=lessons.taught,
+        asked=asked,
+        computed=computed,
+        cached=cached,
+        coalesced=coalesced,
+        scored=scored,
+        learnt=learnt,
+        seconds=seconds,
+        budget_spent=lessons.budget_spent,
+    )
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
