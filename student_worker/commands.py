@@ -52,10 +52,10 @@ def train_command(settings: TrainSettings) -> int:
             spent = str(error)
     stopping = settings.on_budget_spent == "stop"
     if spent and stopping:
-        _tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
+        tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
         return _BUDGET_SPENT
     if spent:
-        _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
+        tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
     # A run that has ended needs no teacher, and none of its files is touched.
     if resumed and resumed.finished:
         progress = train(settings, None, resumed=resumed)
@@ -70,7 +70,7 @@ def train_command(settings: TrainSettings) -> int:
     )
     if not progress.budget_spent:
         return 0
-    _tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
+    tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
     return _BUDGET_SPENT if stopping else 0
 
 
@@ -82,8 +82,10 @@ def _ended(progress: Progress, settings: TrainSettings) -> str:
     return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def tell(line: str) -> None:
+    """On standard error. Not by print, which Ray Train replaces by one that says everything twice."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def check_command(settings: CheckSettings) -> None:
@@ -141,13 +143,13 @@ def _resumed(settings: TrainSettings) -> State | None:
     """What is to be gone on with, which is told in any case. Raises ValueError where it does not fit the settings."""
     path = state_path(settings.output)
     if not path.exists():
-        _tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
+        tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
         return None
     state = load_state(path, settings)
     if state.finished:
-        _tell(f"{settings.job}: had ended already, with {state.steps} steps")
+        tell(f"{settings.job}: had ended already, with {state.steps} steps")
     else:
-        _tell(f"{settings.job}: goes on after step {state.steps}")
+        tell(f"{settings.job}: goes on after step {state.steps}")
     return state
 
 
@@ -253,7 +255,7 @@ def _reports(
         save_checkpoint(settings.output, progress.epoch, student, data, record)
         if bar.disable:
             loss = math.nan if progress.loss is None else progress.loss
-            _tell(
+            tell(
                 f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
                 f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
             )

@@ -8,6 +8,7 @@ and an answer that was thrown away in between would have to be asked for again.
 
 import os
 import shutil
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from student_worker.checkpoints import Checkpoints
-from student_worker.commands import run
+from student_worker.commands import run, tell
 from student_worker.config import TrainSettings
 from student_worker.data import load
 from student_worker.errors import TeacherError
@@ -81,7 +82,7 @@ def _fitted(settings: TrainSettings, budget_spent: str, fingerprint: str) -> Pro
     if (settings.output / _RAYS_FOLDER).exists():
         shutil.rmtree(settings.output / _RAYS_FOLDER)
     trainer = ray.train.torch.TorchTrainer(
-        _worker,  # type: ignore[arg-type] - what it returns is Result.return_value
+        _worker,  # type: ignore[arg-type]  # its result is Result.return_value
         train_loop_config={
             # All fields but those that hold for the machine of the command alone; none of them is a secret.
             "settings": settings.model_dump(mode="json", exclude={"config"}) | {"config": None, "token": None},
@@ -143,8 +144,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 def _run(settings: TrainSettings, config: dict[str, Any], ranks: Ranks) -> Progress:
     checkpoints = Checkpoints(settings, ranks)
     resumed = checkpoints.load()
-    if resumed:
-        print(f"{settings.job}: worker {ranks.rank} goes on after step {resumed.steps}", file=sys.stderr)  # noqa: T201
+    who = f"worker {ranks.rank} of {settings.num_workers}, process {os.getpid()} on {socket.gethostname()}"
+    tell(f"{settings.job}: {who}, {f'goes on after step {resumed.steps}' if resumed else 'begins'}")
     reported = resumed.shared["epoch"] if resumed else 0
 
     def after_checkpoint(state: State) -> None:
