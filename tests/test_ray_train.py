@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_worker.__main__ import main
 from teacher_server.tokens import add_token, new_token
 from tests.asking import metric
 from tests.ray_cluster import ray_cluster
@@ -48,10 +47,10 @@ def teacher(tmp_path_factory):
     add_token(folder / "tokens", line)
     (folder / "student-token").write_text(token)
     settings = {"model": "tests.ray_training:Exact", "weights": save_exact(folder), "tokens_file": folder / "tokens"}
-    with process(**settings, grpc_port=0, http_port=0, threads=1) as (_, address, http_address):
-        yield SimpleNamespace(
-            address=address, http_address=http_address, admin=admin, token=token, token_file=folder / "student-token"
-        )
+    settings |= {"grpc_port": 0, "http_port": 0, "threads": 1}
+    files = {"settings": settings, "token_file": folder / "student-token"}
+    with process(**settings) as (_, address, http_address):
+        yield SimpleNamespace(address=address, http_address=http_address, admin=admin, token=token, **files)
 
 
 def count(teacher, name, **labels):
@@ -59,14 +58,14 @@ def count(teacher, name, **labels):
 
 
 @contextmanager
-def training(cluster, teacher, output, job, **changes):
-    """(process, what it said so far as a list of lines) of `train` with two workers. Killed when left."""
+def training(cluster, teacher, output, job, here=ROOT, **changes):
+    """(process, what it said so far as a list of lines) of `train` with two workers. Waited for when left."""
     settings = RUN | {"output": output, "job": job, "num_workers": 2, "teacher_address": teacher.address} | changes
     options = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "student_worker", "train", *options, "--token-file", str(teacher.token_file)]
     environment = cluster.environment | {"RAY_DEDUP_LOGS": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as train:
+    with subprocess.Popen(command, cwd=here, env=environment, **pipes) as train:
         said = []
         reader = threading.Thread(target=lambda: said.extend(iter(train.stdout.readline, "")))
         reader.start()
@@ -164,7 +163,10 @@ def test_a_killed_worker_costs_nothing(cluster, teacher, undisturbed, tmp_path):
 def test_a_budget_that_ends_stops_all_workers(cluster, teacher, tmp_path):
     limit = int(1.5 * ASKED / EPOCHS)
     _http(teacher, "PUT", "/v1/budgets/team/jobs/poor", unit="samples", limit=limit)
-    with training(cluster, teacher, tmp_path / "out", "poor", depth=0) as (train, said):
+    # A student of one's own, found where the command is given.
+    (tmp_path / "mine.py").write_text("from student_worker.models import MODELS\n\nnet = MODELS['cnn-tiny']\n")
+    own = {"depth": 0, "student": "mine:net", "output": "out"}
+    with training(cluster, teacher, "out", "poor", here=tmp_path, **own) as (train, said):
         pass
     text = "".join(said)
     assert train.returncode == 3, text
@@ -175,27 +177,54 @@ def test_a_budget_that_ends_stops_all_workers(cluster, teacher, tmp_path):
     assert (tmp_path / "out" / "epoch-0002.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_a_teacher_that_is_gone_ends_the_run_at_once(cluster, teacher, tmp_path):
+    with process(**teacher.settings, state_directory=tmp_path / "state") as (server, address, _):
+        gone = {"teacher_address": address, "teacher_timeout": 1}
+        with training(cluster, teacher, tmp_path / "out", "gone", **gone) as (train, said):
+            while not list((tmp_path / "out").glob("state-rank1-0-5.pt")):
+                assert train.poll() is None, said
+                time.sleep(0.01)
+            server.kill()
+    text = "".join(said)
+    assert train.returncode == 1, text
+    assert re.search(r"^student-worker: .*UNAVAILABLE.* \(rank \d of 2\)$", text, re.MULTILINE), text
+    assert "goes on after" not in text  # nobody was started again for it
+    assert (tmp_path / "out" / "state.pt").exists()
+
+
+def test_what_workers_cannot_do_is_said_before_they_are_asked(tmp_path):
+    """In a process of its own, for ours is to stay without Ray."""
+    runs = [
         ({"num_workers": 3, "batch_size": 2}, "num_workers: 3 workers cannot share batches of 2"),
         ({"device": "cuda:1"}, "device: cuda:1: Ray gives each worker its GPU"),
         ({"student": "none"}, "unknown model 'none'"),
-    ],
-)
-def test_what_workers_cannot_do_is_said_before_ray_is_asked(changes, words, tmp_path, capsys):
-    settings = {"dataset": "digits", "output": tmp_path, "num_workers": 2} | changes
-    options = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    assert main(["train", *options]) == 1
-    assert words in capsys.readouterr().err
-
-
-def test_a_token_of_the_environment_goes_nowhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("STUDENT_TOKEN", "hush-hush")
-    assert main(["train", "--dataset", "digits", "--output", str(tmp_path), "--num-workers", "2"]) == 1
-    told = capsys.readouterr().err
-    assert "give that as --token-file" in told
-    assert "hush-hush" not in told
+        ({"config": tmp_path / "hushed.toml"}, "give that as --token-file"),
+    ]
+    (tmp_path / "hushed.toml").write_text("token = 'hush-hush'")
+    lines = []
+    for changes, _ in runs:
+        settings = {"dataset": "digits", "output": tmp_path / "out", "num_workers": 2} | changes
+        lines.append([f"--{key.replace('_', '-')}={value}" for key, value in settings.items()])
+    program = (
+        "import json, sys; from student_worker.__main__ import main\n"
+        "statuses = [main(['train', *line]) for line in json.loads(sys.argv[1])]\n"
+        # The extra is missing: what an import of it then raises.
+        "del sys.modules['student_worker.ray_train']; sys.modules['ray'] = None\n"
+        "sys.exit(f'{statuses} {main([\"train\", *json.loads(sys.argv[1])[0]])}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = done.stderr.splitlines()
+    assert all(words in line for (_, words), line in zip(runs, said, strict=False)), done.stderr
+    assert "[ray] extra" in said[4]
+    assert said[5] == "[1, 1, 1, 1] 1"
+    assert "hush-hush" not in done.stdout + done.stderr
 
 
 def _http(teacher, method, path, **body):
