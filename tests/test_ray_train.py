@@ -165,7 +165,7 @@ def test_a_budget_that_ends_stops_all_workers(cluster, teacher, tmp_path):
     _http(teacher, "PUT", "/v1/budgets/team/jobs/poor", unit="samples", limit=limit)
     # A student of one's own, found where the command is given.
     (tmp_path / "mine.py").write_text("from student_worker.models import MODELS\n\nnet = MODELS['cnn-tiny']\n")
-    own = {"depth": 0, "student": "mine:net", "output": "out"}
+    own = {"depth": 0, "student": "mine:net"}
     with training(cluster, teacher, "out", "poor", here=tmp_path, **own) as (train, said):
         pass
     text = "".join(said)
