@@ -61,7 +61,10 @@ def train_command(settings: TrainSettings) -> int:
         progress = train(settings, None, resumed=resumed)
     elif settings.num_workers:
         _clear(settings, resumed)
-        progress = on_workers(settings, spent, resumed.fingerprint if resumed else fingerprint)
+        if resumed and resumed.fingerprint:
+            with _client(settings, settings.job, resumed.fingerprint) as teacher:
+                teacher.describe()  # where another teacher answers, this fails here, and not on every worker
+        progress = on_workers(settings, spent, fingerprint)
     else:
         progress = _run(settings, spent, resumed)
     print(  # noqa: T201
@@ -203,7 +206,7 @@ def run(
         if not settings.method.startswith("hard"):
             fingerprint = resumed.fingerprint if resumed else fingerprint
             client = stack.enter_context(_client(settings, settings.job, fingerprint))
-            fingerprint = fingerprint or client.describe().fingerprint
+            fingerprint = client.describe().fingerprint  # where another teacher answers, a resumed run fails here
             answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
         on_step, on_epoch, flush = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing,) * 3
