@@ -1,5 +1,6 @@
 """Runs of several ranks for the tests, without a cluster: `main` in a process for each, `watched` for a run of one."""
 
+import copy
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ RUNS = {
     "stop": TALKING | {"depth": 1},
     "hard-labels": TALKING | {"depth": 1, "on_budget_spent": "hard-labels"},
     "changed": TALKING,
+    "resumed": TALKING | {"depth": 2, "checkpoint_steps": 4},
 }
 ON_GPU = {"synchronised": KD | {"student": "tests.ranking:normalised_by_batch", "sync_batch_norm": True}}
 MADE = []  # every student that was built here
@@ -107,10 +109,14 @@ def watched(name, ranks=ALONE, **changes):
     if ranks.rank == 1 and name == "changed":
         teacher = Drawn(BUDGET, FingerprintChanged("another one"))
     seen = {"steps": steps, "error": ""}
+    settings, resumed = TrainSettings(**(RUNS | ON_GPU)[name] | changes), None
+    if name == "resumed":
+        states = []
+        train(settings, teacher, ranks=ranks, on_checkpoint=lambda state: states.append(copy.deepcopy(state)))
+        seen["undisturbed"] = {name: value.clone() for name, value in MADE[-1].state_dict().items()}
+        resumed = states[1]  # after the fourth batch of five: the last one has been scored, and not been learnt
     try:
-        seen["end"] = asdict(
-            train(TrainSettings(**(RUNS | ON_GPU)[name] | changes), teacher, ranks=ranks, on_step=on_step)
-        )
+        seen["end"] = asdict(train(settings, teacher, ranks=ranks, resumed=resumed, on_step=on_step))
     except FingerprintChanged as error:
         seen["error"] = f"{error}; {' '.join(error.__notes__)}"
     passes = getattr(MADE[-1], "passes", [])

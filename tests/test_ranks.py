@@ -97,6 +97,16 @@ def test_a_rank_without_a_sample_takes_part_in_every_forward_pass(seen, run):
     assert all(torch.equal(a["gradient"], b["gradient"]) for a, b in zip(first["steps"], second["steps"], strict=True))
 
 
+def test_a_stand_in_that_was_scored_before_a_resumption_is_not_scored_again(seen):
+    """Else the ranks would be out of step: the pending parts of the others are not scored again either."""
+    first, second = (rank["resumed"] for rank in seen)
+    assert first["passes"] == second["passes"]
+    assert first["passes"][0] == "learn"
+    assert [first["passes"].count(kind) for kind in ("score", "learn")] == [5, 6]
+    for run in (first, second):
+        assert all(torch.equal(run["weights"][name], value) for name, value in run["undisturbed"].items())
+
+
 def test_ranks_select_and_mix_by_draws_of_their_own(seen):
     hard = [rank["talking-hard"] for rank in seen]
     assert [run["end"]["steps"] for run in hard] == [STEPS, STEPS]
