@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -174,6 +175,22 @@ def test_rotation_keeps_what_is_pending_and_nothing_else(tmp_path):
         assert len(teacher.asked) == 11
         log.rotate(pending())
         assert (tmp_path / "log").stat().st_size < small
+
+
+def test_answers_that_come_while_it_is_rotated_are_not_lost(tmp_path):
+    ids = [f"r/{number}" for number in range(400)]
+    teacher = Spoken(DENSE)
+    with AnswerLog(teacher, tmp_path / "log") as log, ThreadPoolExecutor(4) as pool:
+        coming = [pool.submit(ask, log, request_id) for request_id in ids]
+        while not all(answer.done() for answer in coming):
+            log.rotate(pending(*ids))
+        for answer in coming:
+            assert torch.equal(answer.result().logits, DENSE.logits)
+    assert len(teacher.asked) == len(ids)
+    with AnswerLog(teacher, tmp_path / "log") as log:
+        for request_id in ids:
+            ask(log, request_id)
+    assert len(teacher.asked) == len(ids)
 
 
 def test_what_comes_after_close_is_not_kept(tmp_path):
