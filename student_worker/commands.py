@@ -2,9 +2,11 @@
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +16,7 @@ from protos import teacher_pb2 as pb
 from student_worker.answer_log import AnswerLog
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
+from student_worker.checkpoints import KINDS, Checkpoints
 from student_worker.client import TeacherClient
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -25,7 +28,8 @@ from student_worker.config import (
 from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
-from student_worker.state import State, load_state, save_state, state_path
+from student_worker.ranks import ALONE, Ranks
+from student_worker.state import State, load_state, state_path
 from student_worker.train import Progress, train
 from student_worker.unix import Distilled
 
@@ -34,31 +38,42 @@ _BUDGET_SPENT = 3  # exit status
 
 def train_command(settings: TrainSettings) -> int:
     """Exit status 3: the run was stopped by a spent budget."""
+    if settings.num_workers:
+        from student_worker.ray_train import on_workers, placed  # noqa: PLC0415 - needs the ray extra
+
+        settings = placed(settings)
     resumed = _resumed(settings) if settings.resume else None
     _earlier_files(settings, resumed)  # told before the teacher is asked anything
-    spent = ""
+    spent = fingerprint = ""
     if not (resumed or settings.method.startswith("hard")):
         try:
-            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            fingerprint = _check(settings, f"{settings.job}-check", CHECKED_SAMPLES).fingerprint
         except BudgetSpent as error:
             spent = str(error)
     stopping = settings.on_budget_spent == "stop"
     if spent and stopping:
-        _tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
+        tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
         return _BUDGET_SPENT
     if spent:
-        _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
+        tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
     # A run that has ended needs no teacher, and none of its files is touched.
-    progress = (
-        train(settings, None, resumed=resumed) if resumed and resumed.finished else _run(settings, spent, resumed)
-    )
+    if resumed and resumed.finished:
+        progress = train(settings, None, resumed=resumed)
+    elif settings.num_workers:
+        _clear(settings, resumed)
+        if resumed and resumed.fingerprint:
+            with _client(settings, settings.job, resumed.fingerprint) as teacher:
+                teacher.describe()  # where another teacher answers, this fails here, and not on every worker
+        progress = on_workers(settings, spent, fingerprint)
+    else:
+        progress = _run(settings, spent, resumed)
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
     )
     if not progress.budget_spent:
         return 0
-    _tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
+    tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
     return _BUDGET_SPENT if stopping else 0
 
 
@@ -70,8 +85,10 @@ def _ended(progress: Progress, settings: TrainSettings) -> str:
     return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def tell(line: str) -> None:
+    """On standard error. Not by print, which Ray Train replaces by one that says everything twice."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def check_command(settings: CheckSettings) -> None:
@@ -125,21 +142,17 @@ def _kind(budget: pb.Budget) -> str:
     )
 
 
-def _answers_path(settings: TrainSettings) -> Path:
-    return settings.output / "answers.log"
-
-
 def _resumed(settings: TrainSettings) -> State | None:
     """What is to be gone on with, which is told in any case. Raises ValueError where it does not fit the settings."""
     path = state_path(settings.output)
     if not path.exists():
-        _tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
+        tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
         return None
     state = load_state(path, settings)
     if state.finished:
-        _tell(f"{settings.job}: had ended already, with {state.steps} steps")
+        tell(f"{settings.job}: had ended already, with {state.steps} steps")
     else:
-        _tell(f"{settings.job}: goes on after step {state.steps}")
+        tell(f"{settings.job}: goes on after step {state.steps}")
     return state
 
 
@@ -151,9 +164,10 @@ def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> lis
     """
     if resumed:
         return []
-    kinds = ["state.pt", "epoch-*", "answers.log", "events.out.tfevents.*"]
+    states, answers = KINDS
+    kinds = [states, "epoch-*", answers, "events.out.tfevents.*"]
     if settings.resume and not settings.overwrite:
-        kinds = kinds[:2]  # a run that was killed before its first state left no more, and nothing in it
+        kinds = ["epoch-*"]  # a run that was killed before its first state left none of these, and nothing of use
     earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind))]
     if earlier and not settings.overwrite:
         raise ValueError(
@@ -163,49 +177,44 @@ def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> lis
     return earlier
 
 
-def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None = None) -> Progress:
-    """One training run with its checkpoints, its event files and a progress bar on standard error."""
+def _clear(settings: TrainSettings, resumed: State | None) -> None:
     for path in _earlier_files(settings, resumed):
         path.unlink()
+
+
+def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None = None) -> Progress:
+    _clear(settings, resumed)
+    return run(settings, budget_spent=budget_spent, resumed=resumed)
+
+
+def run(
+    settings: TrainSettings,
+    *,
+    budget_spent: str = "",
+    fingerprint: str = "",
+    resumed: State | None = None,
+    ranks: Ranks = ALONE,
+    after_checkpoint: Callable[[State], None] = lambda _: None,
+) -> Progress:
+    """One training run, or one rank's part of it, with its teacher, its checkpoints and what it reports.
+
+    `fingerprint`, or else that of the state `resumed`, is the teacher's; empty = of the one that answers now.
+    """
+    checkpoints = Checkpoints(settings, ranks)
     with ExitStack() as stack:
-        answers, fingerprint = None, ""
+        answers = None
         if not settings.method.startswith("hard"):
-            client = stack.enter_context(_client(settings, settings.job, resumed.fingerprint if resumed else ""))
+            fingerprint = resumed.fingerprint if resumed else fingerprint
+            client = stack.enter_context(_client(settings, settings.job, fingerprint))
             fingerprint = client.describe().fingerprint  # where another teacher answers, a resumed run fails here
-            answers = stack.enter_context(AnswerLog(client, _answers_path(settings)))
-        # disable=None: a bar on a terminal, a line an epoch in a log.
-        bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
-        # What the killed run had drawn beyond its last state is drawn again.
-        events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
-        stack.callback(events.close)
+            answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
-        def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
-            events.add_scalar("train/loss", loss, step)
-            events.add_scalar("unix/share", b.share.mean().item(), step)
-            for budget in b.budgets:
-                events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
-
-        def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
-            bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
-            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
-            events.add_scalar("teacher/asked", progress.asked, progress.steps)
-            events.add_scalar("teacher/computed", progress.computed, progress.steps)
-            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
-            save_checkpoint(settings.output, progress.epoch, student, data, record)
-            if bar.disable:
-                loss = math.nan if progress.loss is None else progress.loss
-                _tell(
-                    f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
-                    f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
-                )
+        on_step, on_epoch, flush = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing,) * 3
 
         def on_checkpoint(state: State) -> None:
-            events.flush()  # or a killed run's curves would have a gap before its state
-            save_state(state_path(settings.output), state)
-            if answers is not None and state.unix is not None:
-                answers.rotate(state.unix)
+            flush()  # or a killed run's curves would have a gap before its state
+            checkpoints.save(state, answers)
+            after_checkpoint(state)
 
         return train(
             settings,
@@ -213,7 +222,54 @@ def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None 
             budget_spent=budget_spent,
             fingerprint=fingerprint,
             resumed=resumed,
+            ranks=ranks,
             on_step=on_step,
             on_epoch=on_epoch,
             on_checkpoint=on_checkpoint,
         )
+
+
+def _nothing(*_: Any) -> None:
+    """What the ranks report for which the first one speaks."""
+
+
+def _reports(
+    settings: TrainSettings, resumed: State | None, stack: ExitStack
+) -> tuple[
+    Callable[[int, int, float, Distilled], None],
+    Callable[[Progress, nn.Module, Dataset], None],
+    Callable[[], None],
+]:
+    """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error.
+
+    The third writes to the event files what has been told so far.
+    """
+    # disable=None: a bar on a terminal, a line an epoch in a log.
+    bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
+    # What the killed run had drawn beyond its last state is drawn again.
+    events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
+    stack.callback(events.close)
+
+    def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
+        bar.total = steps
+        bar.update(step - bar.n)
+        events.add_scalar("train/loss", loss, step)
+        events.add_scalar("unix/share", b.share.mean().item(), step)
+        for budget in b.budgets:
+            events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
+
+    def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
+        bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
+        events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
+        events.add_scalar("teacher/asked", progress.asked, progress.steps)
+        events.add_scalar("teacher/computed", progress.computed, progress.steps)
+        record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
+        save_checkpoint(settings.output, progress.epoch, student, data, record)
+        if bar.disable:
+            loss = math.nan if progress.loss is None else progress.loss
+            tell(
+                f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
+                f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
+            )
+
+    return on_step, on_epoch, events.flush

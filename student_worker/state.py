@@ -97,11 +97,15 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "epoch": self.epoch,
-                "losses": list(self.losses),
                 "progress": self.progress,
                 "seconds": seconds,
             },
-            own={"lessons": self.lessons.state_dict(), "random": _random_states()},
+            own={
+                "lessons": self.lessons.state_dict(),
+                "random": _random_states(),
+                "losses": list(self.losses),
+                "buffers": dict(self.student.named_buffers()),  # batch norm's are of each worker's own part
+            },
         )
 
     def restore(self, state: State) -> float:
@@ -110,7 +114,9 @@ class Run:
         self.student.load_state_dict(shared["student"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.schedule.load_state_dict(shared["schedule"])
-        self.epoch, self.losses, self.progress = shared["epoch"], list(shared["losses"]), shared["progress"]
+        self.epoch, self.losses, self.progress = shared["epoch"], list(state.own["losses"]), shared["progress"]
+        for name, buffer in self.student.named_buffers():
+            buffer.copy_(state.own["buffers"][name])
         self.fingerprint = shared["fingerprint"]
         self.lessons.load_state_dict(state.own["lessons"])
         self.told = self.lessons.budget_spent

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from student_worker import answer_log, checkpoint, commands, models, state
+from student_worker import answer_log, checkpoint, checkpoints, models, state
 from student_worker.__main__ import main
 from student_worker.data import load
 from tests.serving import ROOT
@@ -94,7 +94,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., object]]] = {
     "between the state and the log's rotation": (answer_log.AnswerLog, "rotate", _now),
     "while the log is rotated": (answer_log, "write_whole", _half),
     "while an epoch's weights are written": (checkpoint, "write_whole", _half),
-    "before an epoch's state": (commands, "save_state", _now),
+    "before an epoch's state": (checkpoints, "save_state", _now),
 }
 
 
