@@ -79,6 +79,7 @@ class Replica:
 
     async def _serve(self, ready: asyncio.Future[Serving]) -> None:
         # Here, since torch takes seconds and what places replicas has no use for it.
+        from teacher_server.model import ModelError  # noqa: PLC0415
         from teacher_server.server import teacher_server  # noqa: PLC0415
 
         with logging_to(sys.stderr):
@@ -100,7 +101,8 @@ class Replica:
                 if ready.done():
                     raise
                 # As text: Ray pickles what is raised, and it may have come from anywhere.
-                ready.set_exception(ReplicaFailed(f"{type(error).__name__}: {error}"))
+                expected = isinstance(error, ModelError | ValueError | OSError)
+                ready.set_exception(ReplicaFailed(str(error) if expected else f"{type(error).__name__}: {error}"))
 
 
 class ReplicaFailed(Exception):
