@@ -124,6 +124,10 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     tokens_file: Path | None = None
     """Lines of `SHA256-OF-TOKEN TENANT [student|viewer|admin] [NAME]`, as `teacher-server token new` writes them; read
     again when it changes. Without the file everyone is tenant `default` and may do everything, on loopback only."""
+    advertise_address: str | None = Field(default=None, pattern=r"^([\w.-]+|\[[0-9a-fA-F:.]+\])(:[1-9]\d{0,4})?$")
+    """HOST, or HOST:PORT, at which students reach this replica; without a port, that of --grpc-port. Replicas that
+    share a --ledger-redis-url tell students of one another by it. Without it, the address bound; one that is bound to
+    all interfaces (0.0.0.0, ::) has no such address, and is not told of."""
 
     def address(self, port: int) -> str:
         """host:port, an IPv6 host in brackets."""
