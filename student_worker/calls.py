@@ -23,7 +23,8 @@ from student_worker.errors import (
     UnknownTeacher,
 )
 from student_worker.keeper import Keeper
-from student_worker.replicas import Flight, Replicas
+from student_worker.replica import Flight
+from student_worker.replicas import Replicas
 from student_worker.status import Retryable, translated
 from student_worker.tls import Tls, fault
 from student_worker.trace import trace_headers
@@ -111,7 +112,7 @@ class Calls:
             raise TeacherFailed("the server describes a teacher without inputs or without its one output")
         self._replicas.pin(description.name, description.fingerprint)
         self._replicas.learn(reply.replicas)
-        if self._keeper is None and (self._seeds > 1 or reply.replicas):
+        if self._keeper is None and (self._seeds > 1 or reply.address or reply.replicas):
             self._keeper = Keeper(self._replicas, self.closed, self._metadata)
         return description
 

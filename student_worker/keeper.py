@@ -6,7 +6,8 @@ from typing import Any, cast
 import grpc
 
 from protos import teacher_pb2 as pb
-from student_worker.replicas import Link, Replica, Replicas
+from student_worker.replica import Link, Replica
+from student_worker.replicas import Replicas
 
 LIST_SECONDS = 2.0
 """From one look at a server's list to the next."""
@@ -21,7 +22,7 @@ class Keeper:
     def __init__(self, replicas: Replicas, closed: threading.Event, metadata: list[tuple[str, str]]) -> None:
         self._replicas, self._closed, self._metadata = replicas, closed, metadata
         self._probes: list[tuple[Replica, Link, Any]] = []  # with grpc's future, whose types have no base
-        self._list: Any = None
+        self._list: tuple[Replica, Link, Any] | None = None
         threading.Thread(target=self._run, name="teacher-client-keeper", daemon=True).start()
 
     def _run(self) -> None:
@@ -32,8 +33,8 @@ class Keeper:
             self._harvest()
             self._probes += [(replica, link, self._described(link)) for replica, link in self._replicas.to_probe()]
             if turn % _TICKS_A_LIST == 0 and self._list is None:
-                replica = self._replicas.anyone(turn // _TICKS_A_LIST)
-                self._list = replica and self._described(replica.link)
+                someone = self._replicas.someone(turn // _TICKS_A_LIST)
+                self._list = someone and (*someone, self._described(someone[1]))
 
     def _described(self, link: Link) -> Any:
         """The future of a Describe of all teachers there; None where the link is closed already."""
@@ -43,18 +44,25 @@ class Keeper:
             return None
 
     def _harvest(self) -> None:
-        if self._list is not None and self._list.done():
-            if self._list.code() is grpc.StatusCode.OK:
-                self._replicas.learn(self._list.result().replicas)
+        if self._list is not None and _is_done(future := self._list[2]):
+            replica, link, _ = self._list
             self._list = None
+            if (reply := _reply(future)) is not None:
+                self._replicas.told(replica, link, reply)
         under_way, self._probes = self._probes, []
         for replica, link, future in under_way:
-            if future is not None and not future.done():
-                self._probes.append((replica, link, future))
-                continue
-            if future is not None and future.code() is grpc.StatusCode.OK:
-                reply = cast("pb.DescribeResponse", future.result())
-                self._replicas.probed(replica, link, reply)
-                self._replicas.learn(reply.replicas)
+            if _is_done(future):
+                fault = "" if future is None else future.details()
+                self._replicas.probed(replica, link, _reply(future), fault)
             else:
-                self._replicas.probed(replica, link, None, "" if future is None else future.details())
+                self._probes.append((replica, link, future))
+
+
+def _is_done(future: Any) -> bool:
+    return future is None or bool(future.done())
+
+
+def _reply(future: Any) -> pb.DescribeResponse | None:
+    if future is None or future.code() is not grpc.StatusCode.OK:
+        return None
+    return cast("pb.DescribeResponse", future.result())

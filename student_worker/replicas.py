@@ -20,18 +20,15 @@ What comes in over a link that was given up meanwhile changes no state: a late f
 import logging
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from itertools import count
 from time import monotonic
 
 import grpc
 
 from protos import teacher_pb2 as pb
-from protos import teacher_pb2_grpc
+from student_worker.replica import Flight, Link, Replica, State
 
 _log = logging.getLogger(__name__)
 
@@ -39,58 +36,10 @@ P99_MULTIPLE = 5
 """A replica hangs when calls are in flight there, and none was answered for so many times its own p99."""
 LEAST_PATIENCE = 2.0
 """But not before so many seconds."""
-_REMEMBERED = 99  # calls; of so few, the p99 by nearest rank is the slowest
 PROBE_SECONDS = 1.0
 """From leaving a replica to its first probe, and from probe to probe."""
 _LONGEST_BREAK = 30.0  # for a replica that answers probes and nothing else, over and over
 _MISSED_LISTS = 3  # servers read the list at different times, so one may lack who stands in another's
-
-
-class State(Enum):
-    IN = "in"
-    OUT = "out"
-    OTHER = "other"
-
-
-class Link:
-    """One channel to a replica, and the calls in flight on it."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.stub = teacher_pb2_grpc.TeacherStub(channel)
-        self.close = channel.close
-        self.flying: dict[int, float] = {}  # when each call began
-        self.answered = -math.inf  # when one was, last
-        self.left = False  # closed under its calls, which go elsewhere
-
-
-@dataclass(eq=False)
-class Replica:
-    address: str
-    link: Link
-    state: State
-    seed: bool
-    """Whether the student was given its address."""
-    listed: bool = False
-    missed: int = 0  # lists in a row
-    samples: int = 0  # in flight
-    used: int = 0  # the number of its last call
-    strikes: int = 0  # how often it was left since it last answered a call
-    probe_at: float = math.inf
-    probing: bool = False
-    told: bool = False  # that nobody was found there
-    fingerprint: str = ""  # of the OTHER teacher
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-
-
-@dataclass(frozen=True)
-class Flight:
-    """One call's place: at whom, over which link."""
-
-    replica: Replica
-    link: Link
-    number: int
-    samples: int
-    began: float
 
 
 class _After:
@@ -155,7 +104,7 @@ class Replicas:
             replica.latencies.append(now - flight.began)
             flight.link.answered = self.heard = now
             replica.strikes = 0
-            if replica.state is not State.IN and replica.link is flight.link:
+            if replica.state is not State.IN and self._is_current(replica, flight.link):
                 self._set(replica, State.IN)
             done = self._land(flight)
         if done:
@@ -171,7 +120,7 @@ class Replicas:
         """No answer: nobody is there, or he is going."""
         with self._changing() as after:
             replica = flight.replica
-            if replica.state is State.IN and replica.link is flight.link:
+            if replica.state is State.IN and self._is_current(replica, flight.link):
                 self._leave(replica)
                 if self._rotation:
                     after.words.append((logging.WARNING, f"{why}; asking the others until it answers again"))
@@ -180,7 +129,7 @@ class Replicas:
     def other(self, flight: Flight, fingerprint: str) -> None:
         """Another teacher is there."""
         with self._changing() as after:
-            if flight.replica.link is flight.link:
+            if self._is_current(flight.replica, flight.link):
                 self._is_other(flight.replica, fingerprint)
             self._end(flight, after)
 
@@ -225,8 +174,9 @@ class Replicas:
                         "flight there go to the others",
                     )
                 )
-                if replica.link is link:
-                    self._leave(replica)
+                if self._is_current(replica, link):
+                    if replica.state is State.IN:
+                        self._leave(replica)
                     replica.link = self._open(replica)
                 link.left = True
                 self._give_up(link, after)
@@ -248,42 +198,55 @@ class Replicas:
         """None where there was no reply, for the `fault` that gRPC names."""
         with self._changing() as after:
             replica.probing = False
-            current = self._members.get(replica.address) is replica and replica.state is not State.IN
-            if current and reply is not None and self._is_ours(reply):
+            if self._members.get(replica.address) is not replica or replica.state is State.IN:
+                self._give_up(link, after)  # forgotten, or found, in the meantime
+            elif reply is not None and not _is_leaving(reply) and self._is_ours(reply):
                 former, replica.link = replica.link, link
                 self._set(replica, State.IN)
                 after.words.append((logging.INFO, f"{replica.address}: answers, and takes its share"))
                 if not former.flying:  # else its last call closes it
                     self._give_up(former, after)
-                return
-            self._give_up(link, after)
-            if current and reply is not None:
-                self._is_other(replica, _fingerprint(reply))
-            elif current:
-                if replica.listed and not replica.told and replica.link.answered == -math.inf:
+            else:
+                self._give_up(link, after)
+                if reply is not None and not self._is_ours(reply):
+                    self._is_other(replica, ", ".join(teacher.fingerprint for teacher in reply.teachers))
+                else:
+                    self._set(replica, State.OUT)
+                if reply is None and replica.listed and not replica.told and replica.link.answered == -math.inf:
                     replica.told = True
                     after.words.append(
                         (logging.WARNING, f"{replica.address}: is listed as a replica, but cannot be used: {fault}")
                     )
-                if replica.state is State.OTHER:
-                    self._set(replica, State.OUT)
+        if reply is not None:
+            self.learn(reply.replicas)
 
-    def anyone(self, after: int) -> Replica | None:
-        """One in rotation to ask for the list, another one at each number."""
+    def someone(self, number: int) -> tuple[Replica, Link] | None:
+        """One in rotation, to ask for the list; another one at each number."""
         with self._lock:
-            return self._rotation[after % len(self._rotation)] if self._rotation else None
+            if not self._rotation:
+                return None
+            replica = self._rotation[number % len(self._rotation)]
+            return replica, replica.link
 
-    def learn(self, replicas: Iterable[pb.Replica]) -> None:
+    def told(self, replica: Replica, link: Link, reply: pb.DescribeResponse) -> None:
+        """What one in rotation said when it was asked for the list."""
+        with self._changing():
+            current = replica.state is State.IN and self._is_current(replica, link)
+            if _is_leaving(reply) and current and len(self._rotation) > 1:
+                self._leave(replica)
+        self.learn(reply.replicas)
+
+    def learn(self, replicas: Sequence[pb.Replica]) -> None:
         """Those that a server knows. An empty list says nothing: its Redis may have lost everything."""
-        ours = {
+        ours = [
             one.address
             for one in replicas
             if one.fingerprint == self._fingerprint and self._teacher in ("", one.teacher)
-        }
+        ]
         with self._changing() as after:
-            self._elsewhere = {one.address: one.fingerprint for one in replicas if one.address not in ours}
-            if not (ours or self._elsewhere):
+            if self._closed or not replicas:
                 return
+            self._elsewhere = {one.address: one.fingerprint for one in replicas if one.address not in ours}
             for address in ours:
                 replica = self._members.get(address) or self._join(address, State.OUT, seed=False)
                 if not replica.listed:
@@ -367,8 +330,13 @@ class Replicas:
         del flight.link.flying[flight.number]
         flight.replica.samples -= flight.samples
         replica, link = flight.replica, flight.link
-        in_use = replica.link is link and self._members.get(replica.address) is replica
-        return not (in_use or link.flying) and self._links.pop(link, None) is not None
+        if link.flying or self._is_current(replica, link):
+            return False
+        return self._links.pop(link, None) is not None
+
+    def _is_current(self, replica: Replica, link: Link) -> bool:
+        """Neither given up nor, with its replica, forgotten."""
+        return replica.link is link and self._members.get(replica.address) is replica
 
     def _end(self, flight: Flight, after: _After) -> None:
         if self._land(flight):
@@ -404,9 +372,8 @@ class Replicas:
                 self._give_up(replica.link, after)
 
     def _patience(self, replica: Replica) -> float:
-        p99 = max(replica.latencies, default=0.0) or max(
-            (max(one.latencies, default=0.0) for one in self._members.values()), default=0.0
-        )
+        """Of one that has answered nothing yet, as of the slowest other; where nobody has, the longest there is."""
+        p99 = replica.p99 or max(one.p99 for one in self._members.values())
         return min(max(LEAST_PATIENCE, P99_MULTIPLE * p99) if p99 else math.inf, self._longest_patience)
 
     def _changed(self) -> None:
@@ -417,5 +384,6 @@ class Replicas:
         self._candidates = self._rotation or out or list(self._members.values())
 
 
-def _fingerprint(reply: pb.DescribeResponse) -> str:
-    return ", ".join(teacher.fingerprint for teacher in reply.teachers)
+def _is_leaving(reply: pb.DescribeResponse) -> bool:
+    """A replica that drains knows its address, and stands in the list no more."""
+    return bool(reply.address) and all(one.address != reply.address for one in reply.replicas)
