@@ -33,10 +33,12 @@ _log = logging.getLogger(__name__)
 _OPTIONS = [
     ("grpc.max_send_message_length", 2**31 - 1),  # the server's Describe states the limit that counts
     ("grpc.max_receive_message_length", 2**31 - 1),
-    # Left to itself gRPC waits up to two minutes before it connects again, and meanwhile fails each call unseen: a
-    # server that took half a minute to start was found ten seconds later.
+    # Left to itself gRPC waits ever longer, up to two minutes, before it connects again, and meanwhile fails each call
+    # unseen: a server that took 25 s to start was found up to ten seconds later. The last one is how long an attempt
+    # may last, handshakes included; its own is 20 s.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 3000),
     # All channels of a process to one address share one connection, and its waiting, unless told otherwise: a fresh
     # channel to a replica whose connection hangs would hang as well.
     ("grpc.use_local_subchannel_pool", 1),

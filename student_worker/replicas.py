@@ -12,7 +12,8 @@ Bookkeeping alone: whoever calls, probes or lists says here what he saw. A repli
     IN      -> OUT    a call was refused with UNAVAILABLE, or ended by the server: what else is in flight there goes on;
                       or it hangs, while another is in rotation: all that is in flight there ends, and goes elsewhere
     IN, OUT -> OTHER  it said so
-    forgotten         once three lists lacked it, unless the student was given its address, or nothing listed is IN
+    forgotten         once three lists lacked it, unless the student was given its address, or it answers and nothing
+                      that is listed is IN
 
 What comes in over a link that was given up meanwhile changes no state: a late failure says nothing of the present.
 """
@@ -366,7 +367,7 @@ class Replicas:
             return
         replica.listed = False
         listed_in = any(one.listed and one.state is State.IN for one in self._members.values())
-        if not replica.seed and (replica.state is not State.IN or listed_in):
+        if not replica.seed and (replica.state is State.OUT or listed_in):  # whoever answers may yet tell of others
             del self._members[replica.address]
             if not replica.link.flying:  # else its last call closes it
                 self._give_up(replica.link, after)
