@@ -28,6 +28,7 @@ from teacher_server.model import ModelError, load
 from teacher_server.postings import Waste
 from teacher_server.queues import Array
 from teacher_server.registry import Registry
+from teacher_server.scaling import Load
 from teacher_server.service import Served, Service
 from teacher_server.store import Store, StoreUnavailable, capacity, open_stores
 from teacher_server.tls import Certificates
@@ -41,6 +42,7 @@ class RunningServer:
     grpc_address: str
     http_address: str
     device_lost: asyncio.Event
+    load: Callable[[], Load]
 
 
 @asynccontextmanager
@@ -125,7 +127,13 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         metrics.watch(gauges.replicas(lambda: registry.alike() if registry else 0))
         try:
             async with registry or nullcontext():  # left first: students look elsewhere before anything is refused
-                yield RunningServer(description, settings.address(grpc.port), settings.address(http.port), device_lost)
+                yield RunningServer(
+                    description,
+                    settings.address(grpc.port),
+                    settings.address(http.port),
+                    device_lost,
+                    load=lambda: Load(*metrics.queued(), engine.busy_nanoseconds / 1e9, sum(batcher.depth().values())),
+                )
         finally:
             end = loop.time() + settings.drain_seconds
             service.drain("draining")
