@@ -169,14 +169,14 @@ class Calls:
         metadata: list[tuple[str, str]],
         accept: Callable[[Any, str], None] | None,
     ) -> Any:
+        left = journey.deadline - monotonic()
+        # Until somebody has answered nobody watches over the calls, so one who hangs has his share of the time only.
+        patience = max(0.001, left if self._keeper else min(left, self._timeout / self._seeds))
         flight = self._replicas.take(journey.samples, journey.tried)
         if flight is None:
             raise Retryable("what was left to try has gone meanwhile")
         address = flight.replica.address
         journey.tried.add(address)
-        left = journey.deadline - monotonic()
-        # Until somebody has answered nobody watches over the calls, so one who hangs has his share of the time only.
-        patience = max(0.001, left if self._keeper else min(left, self._timeout / self._seeds))
         try:
             reply = getattr(flight.link.stub, call)(request, timeout=patience, metadata=metadata)
         except ValueError as error:  # grpc's word for a channel that is closed

@@ -1,6 +1,7 @@
 """Keeps the list of replicas: asks for it, probes those that are out, and moves the calls of those that hang."""
 
 import threading
+from time import monotonic
 from typing import Any, cast
 
 import grpc
@@ -14,6 +15,7 @@ LIST_SECONDS = 2.0
 _TICK_SECONDS = 0.2
 _TICKS_A_LIST = round(LIST_SECONDS / _TICK_SECONDS)
 _PROBE_TIMEOUT = 2.0
+_OVERSLEPT_SECONDS = 1.0
 
 
 class Keeper:
@@ -26,10 +28,13 @@ class Keeper:
         threading.Thread(target=self._run, name="teacher-client-keeper", daemon=True).start()
 
     def _run(self) -> None:
-        turn = 0
+        turn, woke, overslept = 0, monotonic(), False
         while not self._closed.wait(_TICK_SECONDS):
-            turn += 1
-            self._replicas.leave_the_hung()
+            turn, before, woke = turn + 1, woke, monotonic()
+            # Who was stopped himself has answers waiting: for one turn nobody is said to hang.
+            overslept = woke - before > _OVERSLEPT_SECONDS and not overslept
+            if not overslept:
+                self._replicas.leave_the_hung()
             self._harvest()
             self._probes += [(replica, link, self._described(link)) for replica, link in self._replicas.to_probe()]
             if turn % _TICKS_A_LIST == 0 and self._list is None:

@@ -45,7 +45,8 @@ class Replica:
     strikes: int = 0  # how often it was left since it last answered a call
     probe_at: float = math.inf
     probing: bool = False
-    told: bool = False  # that nobody was found there
+    warned: bool = False  # that nobody was found there
+    out_since: float = -math.inf
     fingerprint: str = ""  # of the OTHER teacher
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 

@@ -105,7 +105,8 @@ class Replicas:
             replica.latencies.append(now - flight.began)
             flight.link.answered = self.heard = now
             replica.strikes = 0
-            if replica.state is not State.IN and self._is_current(replica, flight.link):
+            returned = replica.state is not State.IN and flight.began >= replica.out_since  # and not just finishing
+            if returned and self._is_current(replica, flight.link):
                 self._set(replica, State.IN)
             done = self._land(flight)
         if done:
@@ -213,8 +214,8 @@ class Replicas:
                     self._is_other(replica, ", ".join(teacher.fingerprint for teacher in reply.teachers))
                 else:
                     self._set(replica, State.OUT)
-                if reply is None and replica.listed and not replica.told and replica.link.answered == -math.inf:
-                    replica.told = True
+                if reply is None and replica.listed and not (replica.warned or replica.latencies):
+                    replica.warned = True
                     after.words.append(
                         (logging.WARNING, f"{replica.address}: is listed as a replica, but cannot be used: {fault}")
                     )
@@ -222,15 +223,17 @@ class Replicas:
             self.learn(reply.replicas)
 
     def someone(self, number: int) -> tuple[Replica, Link] | None:
-        """One in rotation, to ask for the list; another one at each number."""
+        """One to ask for the list, another one at each number: the addresses that were given are among them, since the
+        only one in rotation may hang, and be replaced elsewhere."""
         with self._lock:
-            if not self._rotation:
+            answering = [replica for replica in self._members.values() if replica.state is State.IN]
+            if not answering:
                 return None
-            replica = self._rotation[number % len(self._rotation)]
+            replica = answering[number % len(answering)]
             return replica, replica.link
 
     def told(self, replica: Replica, link: Link, reply: pb.DescribeResponse) -> None:
-        """What one in rotation said when it was asked for the list."""
+        """What one said when it was asked for the list."""
         with self._changing():
             current = replica.state is State.IN and self._is_current(replica, link)
             if _is_leaving(reply) and current and len(self._rotation) > 1:
@@ -350,12 +353,14 @@ class Replicas:
     def _leave(self, replica: Replica) -> None:
         pause = min(PROBE_SECONDS * 2**replica.strikes, _LONGEST_BREAK)
         replica.strikes += 1
-        replica.probe_at = self._clock() + pause
+        replica.out_since = self._clock()
+        replica.probe_at = replica.out_since + pause
         self._set(replica, State.OUT)
 
     def _is_other(self, replica: Replica, fingerprint: str) -> None:
         replica.fingerprint = fingerprint
-        replica.probe_at = self._clock() + PROBE_SECONDS
+        replica.out_since = self._clock()
+        replica.probe_at = replica.out_since + PROBE_SECONDS
         self._set(replica, State.OTHER)
 
     def _is_ours(self, reply: pb.DescribeResponse) -> bool:

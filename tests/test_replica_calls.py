@@ -62,7 +62,10 @@ class Small(teacher_pb2_grpc.TeacherServicer):
         values = np.full((n, 10), self.number, np.float32).tobytes()
         answers = pb.Answers(name="logits", encoding=pb.ENCODING_FLOAT32, shape=[n, 10], values=values)
         return pb.LabelResponse(
-            fingerprint=self.fingerprint, answers=[answers], sources=[pb.SOURCE_COMPUTED] * n, cost=pb.Cost(samples=n)
+            fingerprint=request.expected_fingerprint,
+            answers=[answers],
+            sources=[pb.SOURCE_COMPUTED] * n,
+            cost=pb.Cost(samples=n),
         )
 
 

@@ -156,11 +156,11 @@ def test_whoever_drains_is_left_before_it_refuses(make):
     flight = replicas.call()
     going = flight.replica
     staying = {A: B, B: A}[going.address]
+    replicas.later(0.1)
     replicas.told(going, going.link, described(address=going.address, listed=[staying]))
     assert [replicas.asked() for _ in range(2)] == [staying] * 2
-    replicas.answered(flight)  # what was in flight there is finished, and that is no return
-    assert going.state is State.IN, "an answer is an answer"
-    replicas.told(going, going.link, described(address=going.address, listed=[staying]))
+    replicas.answered(flight)
+    assert going.state is State.OUT, "what was in flight there is finished, and that is no return"
     replicas.later(PROBE_SECONDS)
     due = dict(replicas.to_probe())
     replicas.probed(going, due[going], described(address=going.address, listed=[staying]))
@@ -379,6 +379,19 @@ def test_a_probe_that_ends_late_changes_nothing(make, meanwhile):
     replicas.probed(replica, link, described())
     assert replicas.states() == states
     assert is_closed(link)
+
+
+def test_the_only_one_in_rotation_hangs_and_its_successor_is_found_through_the_address_that_was_given(make):
+    replicas = make("balancer:1", listed=(A,))
+    assert {replicas.someone(number)[0].address for number in range(2)} == {"balancer:1", A}
+    flight = replicas.call()
+    replicas.later(100)
+    replicas.learn(listing(B))
+    replicas.probe(B)
+    replicas.leave_the_hung()
+    assert flight.link.left
+    replicas.dropped(flight)
+    assert replicas.asked() == B
 
 
 def test_a_probe_is_not_begun_twice(make):
