@@ -57,9 +57,13 @@ class TeacherClient:
     """A teacher at one address or several ("a:8001,b:8001"), asked on behalf of one job.
 
     A query is sent in parts of a few of the server's batches, each charged, or refused, by itself. At most `window`
-    parts are in flight, and each call has `timeout` seconds, retries included. UNAVAILABLE, a full queue and others'
-    reserved budget are retried: at the next address where there is one, else with jittered backoff and not before the
-    server's own hint. `fingerprint`, or else the first answer, pins the teacher: another one raises FingerprintChanged.
+    parts are in flight, and each call has `timeout` seconds, retries included. Replicas that the servers know of are
+    found by themselves, so one address is enough; each part goes to the one with the fewest samples in flight.
+    UNAVAILABLE, a full queue and others' reserved budget are retried: at the next replica where there is one, else with
+    jittered backoff and not before the server's own hint. A replica that answers nothing for five times its own p99,
+    and at least 2 s, is left while another is there: what is in flight at it is asked elsewhere under the same request
+    ids. `fingerprint`, or else the first answer, pins the teacher: replicas of another one are not asked, and where
+    only such are left FingerprintChanged is raised.
     `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which must then be the
     loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares. With
     `tls` the server must show a certificate signed by a CA of this machine, or of `ca_file`; `certificate_file` and

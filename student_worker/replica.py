@@ -4,6 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import grpc
 
@@ -56,8 +57,7 @@ class Replica:
         return max(self.latencies, default=0.0)
 
 
-@dataclass(frozen=True)
-class Flight:
+class Flight(NamedTuple):
     """One call's place: at whom, over which link."""
 
     replica: Replica
