@@ -238,15 +238,15 @@ def test_one_alone_is_not_watched(fleet):
 
 
 def test_a_server_that_starts_late_is_looked_for_all_the_while():
-    """Left to itself, gRPC waits ever longer between attempts (these four take it 10 s and more), failing all calls."""
+    """Left to itself, gRPC waits ever longer between attempts (these take it 15 s, and 8 s here), failing all calls."""
     with socket.create_server(("127.0.0.1", 0)) as nobody, ThreadPoolExecutor(1) as other:
         client = TeacherClient(f"127.0.0.1:{nobody.getsockname()[1]}", timeout=60)
         described = other.submit(client.describe)
         nobody.accept()[0].close()
         began = time.monotonic()
-        for _ in range(3):
+        for _ in range(5):
             nobody.accept()[0].close()
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 11.5
         client.close()
         with pytest.raises(TeacherUnavailable):
             described.result(10)
