@@ -9,6 +9,7 @@ what any crash leaves. Ray keeps an actor's arguments, so no password is among t
 
 import asyncio
 import logging
+import math
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from ray.exceptions import RayError
 
 from teacher_server.config import ServeOnRaySettings
 from teacher_server.log_lines import logging_to
-from teacher_server.scaling import Load, Moment, Policy, moment, wanted
+from teacher_server.scaling import Load, Moment, Policy, moment, queue_seconds, wanted
 
 _TICK_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0  # for an actor that says nothing, which is then replaced
@@ -79,6 +80,7 @@ class Replica:
 
     async def _serve(self, ready: asyncio.Future[Serving]) -> None:
         # Here, since torch takes seconds and what places replicas has no use for it.
+        from teacher_server.model import ModelError  # noqa: PLC0415
         from teacher_server.server import teacher_server  # noqa: PLC0415
 
         with logging_to(sys.stderr):
@@ -100,7 +102,8 @@ class Replica:
                 if ready.done():
                     raise
                 # As text: Ray pickles what is raised, and it may have come from anywhere.
-                ready.set_exception(ReplicaFailed(f"{type(error).__name__}: {error}"))
+                expected = isinstance(error, ModelError | ValueError | OSError)
+                ready.set_exception(ReplicaFailed(str(error) if expected else f"{type(error).__name__}: {error}"))
 
 
 class ReplicaFailed(Exception):
@@ -159,7 +162,7 @@ class Fleet:
         )
         self._members: list[_Member] = []
         self._failures = 0
-        self._not_before = 0.0
+        self._failed_last = self._not_before = -math.inf
         self._fingerprint: str | None = None
         self._fault: Exception | None = None
 
@@ -191,7 +194,13 @@ class Fleet:
     def _decided(self, number: int, serving: int, moments: list[Moment]) -> int:
         better = wanted(number, serving, moments, self._policy)
         if better != number:
-            _log.info("%d replicas wanted, of which %d serve: now %d", number, serving, better)
+            _log.info(
+                "%d replicas wanted instead of %d, of which %d serve: queries waited %.0f ms of late",
+                better,
+                number,
+                serving,
+                1000 * queue_seconds(moments[-int(self._policy.up_seconds / _TICK_SECONDS) :]),
+            )
         return better
 
     def _keep(self, number: int) -> None:
@@ -238,7 +247,6 @@ class Fleet:
             if load is None:
                 raise ReplicaFailed("its device is lost")
             member.serving, member.load = serving, load
-            self._failures = 0
             await _waited(member.stop, _TICK_SECONDS)
         await asyncio.wait_for(_reply(actor.drain.remote()), self._settings.drain_seconds + _PATIENCE_SECONDS)
         self._say(f"replica {member.slot} drained")
@@ -265,14 +273,16 @@ class Fleet:
             ready.cancel()
 
     def _failed(self, member: _Member, error: Exception) -> None:
-        if self._fingerprint is None and isinstance(error, ReplicaFailed):
-            self._fault = error  # the others would say the same
+        said = str(error).strip().splitlines() or [f"silent for {_PATIENCE_SECONDS:g} s"]
+        if self._fingerprint is None:  # the others would fare no better
+            self._fault = error if isinstance(error, ReplicaFailed) else ReplicaFailed(f"{said[0]} {said[-1]}")
             return
-        pause = min(_PAUSE_SECONDS[0] * 2**self._failures, _PAUSE_SECONDS[1])
-        self._failures += 1
-        self._not_before = time.monotonic() + pause
-        what = str(error).strip().splitlines()[0] if str(error).strip() else f"silent for {_PATIENCE_SECONDS:g} s"
-        _log.warning("replica %d is lost, another in %g s: %s: %s", member.slot, pause, type(error).__name__, what)
+        now = time.monotonic()
+        self._failures = self._failures + 1 if now - self._failed_last < 2 * _PAUSE_SECONDS[1] else 0
+        self._failed_last = now
+        pause = min(_PAUSE_SECONDS[0] * 2 ** min(self._failures, 10), _PAUSE_SECONDS[1])
+        self._not_before = now + pause
+        _log.warning("replica %d is lost, another in %g s: %s: %s", member.slot, pause, type(error).__name__, said[0])
 
 
 def what_ray_may_know(settings: ServeOnRaySettings) -> dict[str, Any]:
