@@ -68,6 +68,7 @@ class Replicas:
         self._links: dict[Link, Replica] = {}  # all that are open
         self._members: dict[str, Replica] = {}
         self._teacher, self._fingerprint = "", ""
+        self._was_listed = False
         self._elsewhere: dict[str, str] = {}  # fingerprints of other teachers, as they are listed
         self._calls = count(1)
         self.heard = -math.inf  # when the run's teacher last said anything
@@ -251,6 +252,7 @@ class Replicas:
             if self._closed or not replicas:
                 return
             self._elsewhere = {one.address: one.fingerprint for one in replicas if one.address not in ours}
+            self._was_listed |= bool(ours)
             for address in ours:
                 replica = self._members.get(address) or self._join(address, State.OUT, seed=False)
                 if not replica.listed:
@@ -288,8 +290,9 @@ class Replicas:
             return self._elsewhere | said
 
     def all_other(self) -> bool:
+        """Whether to wait is of no use. Who was in a list once may be starting at another address."""
         with self._lock:
-            return all(replica.state is State.OTHER for replica in self._members.values())
+            return not self._was_listed and all(replica.state is State.OTHER for replica in self._members.values())
 
     def close(self) -> None:
         """Ends all calls in flight; links that are made later are closed from the start."""

@@ -184,6 +184,26 @@ def test_without_anybody_in_rotation_those_that_are_out_are_tried_in_turn_and_ot
     assert replicas.states()[A] is State.IN, "it has changed back"
 
 
+def test_a_teacher_that_was_listed_is_waited_for_where_only_another_is_left(make):
+    """It is found through another teacher's address, crashes, and is started again somewhere else."""
+    replicas = make(A)
+    replicas.expect("", "f")
+    flight = replicas.call()
+    replicas.learn([*listing(A, fingerprint="g"), *listing(B)])
+    replicas.other(flight, "g")
+    assert replicas.asked() == B
+    replicas.pin("t", "f")
+    replicas.lost(replicas.call(), "gone")
+    for _ in range(3):
+        replicas.learn(listing(A, fingerprint="g"))
+    assert replicas.addresses == [A]
+    assert not replicas.all_other()
+    assert replicas.others() == {A: "g"}
+    replicas.learn([*listing(A, fingerprint="g"), *listing(C)])
+    replicas.probe(C)
+    assert replicas.asked() == C
+
+
 # ---------------------------------------------------------------- who hangs
 
 
