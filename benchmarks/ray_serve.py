@@ -1,7 +1,8 @@
 """What Ray Serve's gRPC ingress would cost between students and the teacher, and what it loses: why there is none.
 
 Claim    a query through Serve's proxy takes longer than one to our server in a Ray actor, which takes as long as one to
-         our server without Ray; and Serve fails calls that were under way when it is told to end, our server none.
+         our server without Ray; and calls that are under way when Serve is shut down are lost, when our server is told
+         to end they are answered. (A redeployment and a scale-down lose none in either.)
 Method   `benchmarks.serving:trivial` answers one 224 x 224 x 3 uint8 sample (150,528 bytes), in four places: a bare
          gRPC asyncio server that decodes, computes and encodes and does nothing else; the same code as a Serve
          deployment behind its gRPC proxy; our server (`teacher-server serve`: checks, queue, batcher, cache bypassed,
@@ -13,9 +14,11 @@ Method   `benchmarks.serving:trivial` answers one 224 x 224 x 3 uint8 sample (15
 Machine  stated by the output. All of Ray runs on it too, on the same cores.
 n        ROUNDS rounds of QUERIES queries for each number of callers; DRAINS times each of the endings.
 
-Needs ray[serve] beside our [server,ray] extras, and a Ray that runs. Serve's proxy binds all interfaces, so:
+Needs ray[serve] beside our [server,ray] extras, and a Ray of its own, which RAY_ADDRESS names. Serve's proxy binds all
+interfaces, so (as root, on a machine with no other Ray, since `ray stop` ends all):
 
-    unshare --net sh -c 'ip link set lo up; export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=disabled;
+    unshare --net sh -c 'ip link set lo up
+        export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=disabled RAY_ADDRESS=127.0.0.1:6379 PYTHONPATH=.
         ray start --head --node-ip-address=127.0.0.1 --num-cpus=8 && python benchmarks/ray_serve.py; ray stop'
 """
 
