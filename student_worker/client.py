@@ -1,6 +1,7 @@
 """The student's end of the contract: synchronous, a window of queries in flight, several addresses, own exceptions."""
 
 import math
+import secrets
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from protos.keys import KEY_BYTES, sample_keys
 from protos.wire import Array
 from student_worker.answer import Answer, Lookup, decoded, decoded_lookup, interleaved, looked_up
 from student_worker.calls import Calls
-from student_worker.errors import FingerprintChanged, InvalidQuery, TeacherFailed, TeacherUnavailable, UnknownTeacher
+from student_worker.errors import InvalidQuery, TeacherUnavailable
 from student_worker.samples import Samples, count, named_arrays
 from student_worker.threads import DaemonPool
 from student_worker.tls import Tls
@@ -56,9 +57,13 @@ class TeacherClient:
     """A teacher at one address or several ("a:8001,b:8001"), asked on behalf of one job.
 
     A query is sent in parts of a few of the server's batches, each charged, or refused, by itself. At most `window`
-    parts are in flight, and each call has `timeout` seconds, retries included. UNAVAILABLE, a full queue and others'
-    reserved budget are retried: at the next address where there is one, else with jittered backoff and not before the
-    server's own hint. `fingerprint`, or else the first answer, pins the teacher: another one raises FingerprintChanged.
+    parts are in flight, and each call has `timeout` seconds, retries included. Replicas that the servers know of are
+    found by themselves, so one address is enough; each part goes to the one with the fewest samples in flight.
+    UNAVAILABLE, a full queue and others' reserved budget are retried: at the next replica where there is one, else with
+    jittered backoff and not before the server's own hint. A replica that answers nothing for five times its own p99,
+    and at least 2 s, is left while another is there: what is in flight at it is asked elsewhere under the same request
+    ids. `fingerprint`, or else the first answer, pins the teacher: replicas of another one are not asked, and where
+    only such are left FingerprintChanged is raised.
     `encoding="top_k"` asks for the `k` largest logits and the tail's mass at `temperature`, which must then be the
     loss's. Answers are cached, and found, under `cache_namespace`; empty is the cache that the server shares. With
     `tls` the server must show a certificate signed by a CA of this machine, or of `ca_file`; `certificate_file` and
@@ -132,21 +137,7 @@ class TeacherClient:
         """The teacher's description, fetched once: who answers, what it takes, what it gives, what it costs."""
         with self._lock:
             if self._description is None:
-                reply = self._call("Describe", pb.DescribeRequest(teacher=self._teacher))
-                if len(reply.teachers) != 1:
-                    names = [teacher.name for teacher in reply.teachers]
-                    raise UnknownTeacher(
-                        f"teacher: {names} are served at {self._call.addresses}; say which one you mean"
-                    )
-                (description,) = reply.teachers
-                if not description.inputs or len(description.outputs) != 1 or len(description.outputs[0].shape) != 1:
-                    raise TeacherFailed("the server describes a teacher without inputs or without its one output")
-                if self._fingerprint not in ("", description.fingerprint):
-                    raise FingerprintChanged(
-                        f"fingerprint: this run began with {self._fingerprint}, {self._call.addresses} serves "
-                        f"{description.fingerprint}; bring that teacher back, or begin a new run"
-                    )
-                self._description = description
+                self._description = self._call.describe(self._teacher, self._fingerprint)
             return self._description
 
     def lookup(self, x: Samples) -> Lookup:
@@ -282,13 +273,14 @@ class TeacherClient:
             teacher=self._teacher,
             inputs=[wire.encode_tensor(name, array) for name, array in samples.items()],
             outputs=[self._spec],
-            request_id=part_id,
+            # A query that is moved from one replica to another is charged once if it has an id.
+            request_id=part_id or (f"-/{secrets.token_hex(_DIGEST_BYTES)}" if self._call.several else ""),
             expected_fingerprint=description.fingerprint,
             cache_mode=_CACHE_MODES[how.cache_mode],
             cache_namespace=self._namespace,
             candidates=unasked and unasked + count(samples),
         )
-        return decoded(self._call("Label", request), count(samples), description, self._spec)
+        return decoded(self._call("Label", request, count(samples)), count(samples), description, self._spec)
 
     def _looked_up(self, keys: Sequence[bytes], description: pb.TeacherDescription, unasked: int = 0) -> Lookup:
         request = pb.LookupRequest(

@@ -27,7 +27,10 @@ class TeacherMisunderstands(TeacherError):
 
 
 class FingerprintChanged(TeacherError):
-    pass
+    def __init__(self, message: str, served: str = "") -> None:
+        """`served`: the fingerprint of who answers now, where it is known."""
+        super().__init__(message)
+        self.served = served
 
 
 class UnknownTeacher(TeacherError):

@@ -35,10 +35,14 @@ _BY_CODE: dict[grpc.StatusCode, type[TeacherError]] = {
 class Retryable(TeacherUnavailable):
     """Worth another try, at this address or the next."""
 
-    def __init__(self, message: str, retry_after: float = 0.0, *, connected: bool = True) -> None:
-        """`connected`: whether a server said so, and not gRPC since there was none."""
+    def __init__(
+        self, message: str, retry_after: float = 0.0, *, connected: bool = True, busy: bool = False, late: bool = False
+    ) -> None:
+        """`connected`: whether a server said so, and not gRPC since there was none. `busy`: he has no room for this
+        just now. `late`: the time given to the call was over."""
         super().__init__(message)
         self.retry_after, self.connected = retry_after, connected
+        self.busy, self.late = busy, late
 
 
 def translated(error: grpc.Call, address: str) -> TeacherError:
@@ -50,11 +54,12 @@ def translated(error: grpc.Call, address: str) -> TeacherError:
             return BudgetSpent(text)
         # The last one is gRPC's own word, which comes without details; its others are about messages too large.
         if reason in _RETRYABLE_REASONS or "Concurrent RPC limit" in text:
-            return Retryable(f"{code.name}: {text}", retry_after)
+            return Retryable(f"{code.name}: {text}", retry_after, busy=True)
         return InvalidQuery(text)
     if code in _RETRYABLE:
         connected = bool(reason) or code is not grpc.StatusCode.UNAVAILABLE
-        return Retryable(f"{code.name}: {text}", retry_after, connected=connected)
+        late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+        return Retryable(f"{code.name}: {text}", retry_after, connected=connected, late=late)
     return _BY_CODE.get(code, TeacherFailed)(text)
 
 

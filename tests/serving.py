@@ -212,15 +212,16 @@ def http_serving(app: Callable[[], AbstractAsyncContextManager[HttpApp]]) -> Ite
 
 @contextmanager
 def process(
-    *module: str, environment: Mapping[str, str] | None = None, **given: object
+    *module: str, environment: Mapping[str, str] | None = None, within: Sequence[str] = (), **given: object
 ) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """`teacher-server serve` in a process of its own: (process, gRPC address, HTTP address). Killed when left.
 
-    `module`: another one than teacher_server, with arguments that come before `serve`.
+    `module`: another one than teacher_server, with arguments that come before `serve`. `within`: a command that runs
+    the one that follows it, and becomes it.
     """
     with _state_of_its_own(given) as settings:
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-m", *(module or ("teacher_server",)), "serve", *flags]
+        command = [*within, sys.executable, "-m", *(module or ("teacher_server",)), "serve", *flags]
         with _process(command, environment) as started:
             yield started
 
