@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from protos.settings import Command, run_command
-from student_worker.config import CheckSettings, CompareSettings, TrainSettings
+from student_worker.config import (
+    CheckSettings,
+    CompareSettings,
+    LaunchSettings,
+    StatusSettings,
+    StopSettings,
+    TrainSettings,
+)
+from student_worker.errors import ClusterError
 
 
 def _runs(name: str) -> Callable[[Any], int]:
@@ -31,10 +39,32 @@ def _runs(name: str) -> Callable[[Any], int]:
     return run
 
 
+def _asks_a_cluster(name: str) -> Callable[[Any], int]:
+    """Of ray_jobs: what runs here needs neither torch nor a teacher."""
+
+    def run(settings: Any) -> int:
+        try:
+            from student_worker import ray_jobs
+        except ModuleNotFoundError as error:
+            print(f"student-worker: {error}; install Preceptor with its [student] and [ray] extras", file=sys.stderr)
+            return 1
+        try:
+            status: int = getattr(ray_jobs, name)(settings)
+        except ClusterError as error:
+            print(f"student-worker: {error}", file=sys.stderr)
+            return 1
+        return status
+
+    return run
+
+
 COMMANDS: dict[str, Command] = {
     "train": (TrainSettings, _runs("train_command")),
     "check": (CheckSettings, _runs("check_command")),
     "compare": (CompareSettings, _runs("compare_command")),
+    "launch": (LaunchSettings, _asks_a_cluster("launch_command")),
+    "launch status": (StatusSettings, _asks_a_cluster("status_command")),
+    "launch stop": (StopSettings, _asks_a_cluster("stop_command")),
 }
 
 
