@@ -48,4 +48,5 @@ class JobLog:
         if epoch:
             self._bar.total = int(epoch["epochs"])
             self._bar.set_postfix(accuracy=epoch["accuracy"], refresh=False)
-            self._bar.update(int(epoch["epoch"]) - self._bar.n)
+            self._bar.n = int(epoch["epoch"])
+            self._bar.refresh()

@@ -121,7 +121,7 @@ class _Cluster:
         hint = ""
         if isinstance(error, ConnectionError):
             hint = "; is a cluster there? Give its dashboard's http://host:port as --address or RAY_API_SERVER_ADDRESS"
-        return f"{self.url}: {error}{hint}"
+        return f"{self.url}: {str(error).rstrip('.')}{hint}"
 
 
 async def _follow(cluster: _Cluster, submission_id: str, log: JobLog) -> JobDetails:
