@@ -1,6 +1,7 @@
 """Training as a job of a Ray cluster: submitted over its job API (REST, on the dashboard's port), followed, stopped."""
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -20,10 +21,14 @@ from student_worker.travel import variables
 
 T = TypeVar("T")
 
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # says each time that a log has ended
+
 _STOPPED = 128 + 15  # exit status, as of a process that SIGTERM ended
 _INTERRUPTED = 130
 _AWAY = 60.0
 """Seconds without an answer after which a job that is followed is given up; it may go on all the same."""
+_SOON = 5.0
+"""Seconds that a job may wait for its turn before that is said."""
 _POLL = 0.5
 _JOB = "preceptor-job"  # in the submission's metadata, as in a query's
 
@@ -127,13 +132,13 @@ class _Cluster:
 async def _follow(cluster: _Cluster, submission_id: str, log: JobLog) -> JobDetails:
     """The job, once it has ended. A connection that is lost is made again, and nothing is shown twice."""
     said = ""
-    answered = time.monotonic()
+    submitted = answered = time.monotonic()
     while True:
         try:
             job = cluster.job(submission_id)
             if job.status == JobStatus.PENDING:
                 answered = time.monotonic()
-                if job.message and job.message != said:
+                if answered - submitted > _SOON and job.message and job.message != said:
                     said = job.message
                     _tell(f"{submission_id}: {said}")
             else:

@@ -1,7 +1,7 @@
-"""A student as a job of a real Ray cluster, submitted by Ray's own command and by ours, against a teacher with tokens.
+"""A student as a job of a real Ray cluster, submitted by Ray's command and by ours, against a teacher with tokens.
 
-One cluster for the module, on loopback. Its nodes have a token in their environment, as a pod may have it from a Secret,
-and another in a file; at the end neither is anywhere in what Ray shows or writes.
+One cluster for the module, on loopback. Its nodes have a token in their environment, as a pod may have it from a
+Secret, and another in a file; at the end neither is anywhere in what Ray shows or writes.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,8 @@ from teacher_server.tokens import add_token, new_token
 from tests.asking import get, metric
 from tests.ray_cluster import ray_cluster
 from tests.serving import ROOT, serving, until
+
+pytestmark = pytest.mark.timeout(300)
 
 N = 1437  # training items of the digits
 SMALL = {"STUDENT_DATASET": "digits", "STUDENT_STUDENT": "cnn-tiny", "STUDENT_DEPTH": "0", "STUDENT_THREADS": "1"}
@@ -102,7 +104,7 @@ def spent(teacher, secrets, job):
     """(asked, computed) of a job, as the ledger has it."""
     reply = json.loads(get(teacher, f"/v1/spend?tenant=red&job={job}", authorization=f"Bearer {secrets.viewer}"))
     lines = reply.get("lines", [])
-    return tuple(sum(int(line["usage"].get(kind, 0)) for line in lines) for kind in ("asked", "computed"))
+    return tuple(sum(int(line.get(kind, 0)) for line in lines) for kind in ("asked", "computed"))
 
 
 def asked(teacher, secrets, job):
@@ -120,7 +122,10 @@ def test_plain_ray_job_submit_trains_and_its_spend_stands_in_the_ledger(cluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "plain (kd): test accuracy" in done.stdout
-    assert spent(teacher, secrets, "plain") == (2 * N, 2 * N)
+    assert spent(teacher, secrets, "plain") == (
+        2 * N,
+        N - 256,
+    )  # 256 were asked about before, the second epoch's are cached
     assert (folder / "plain" / "epoch-0002.safetensors").is_file()
 
 
@@ -129,44 +134,51 @@ class Wire:
 
     def __init__(self, target):
         self.target = target
-        self.pairs, self.lock = [], threading.Lock()
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.pairs, self.ends, self.threads = [], ExitStack(), []
+        self.listener = self.ends.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def __enter__(self):
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._start(self._accept)
         return self
 
     def __exit__(self, *_):
-        self.listener.close()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.threads[0].join()
         self.cut()
+        for thread in self.threads:
+            thread.join()
+        self.ends.close()
+
+    def _start(self, *run):
+        self.threads.append(threading.Thread(target=run[0], args=run[1:], daemon=True))
+        self.threads[-1].start()
 
     def _accept(self):
         with suppress(OSError):
             while True:
-                near, _ = self.listener.accept()
-                far = socket.create_connection(self.target)
-                with self.lock:
-                    self.pairs.append((near, far))
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+                near = self.ends.enter_context(self.listener.accept()[0])
+                far = self.ends.enter_context(socket.create_connection(self.target))
+                self.pairs.append((near, far))
+                self._start(self._pass, near, far)
+                self._start(self._pass, far, near)
 
     def _pass(self, source, sink):
         with suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self._end(source, sink)
 
     def cut(self):
-        with self.lock:
-            pairs, self.pairs = self.pairs, []
+        pairs, self.pairs = self.pairs, []
         for pair in pairs:
-            for end in pair:
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+            self._end(*pair)
         return len(pairs)
+
+    def _end(self, *ends):
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def test_launch_trains_a_student_of_ones_own_and_a_lost_connection_shows_nothing_twice(
@@ -176,7 +188,7 @@ def test_launch_trains_a_student_of_ones_own_and_a_lost_connection_shows_nothing
     code.mkdir()
     (code / "mine.py").write_text(MINE)
     config = folder / "run.toml"
-    config.write_text(f'job = "launched"\nmethod = "unix"\nepochs = 30\noutput = "{folder / "launched"}"\n')
+    config.write_text(f'job = "launched"\nmethod = "unix"\nepochs = 12\noutput = "{folder / "launched"}"\n')
     dashboard = urllib.parse.urlsplit(cluster.dashboard)
     with Wire((dashboard.hostname, dashboard.port)) as wire:
         arguments = ["--config", config, "--student", "mine:net", "--working-dir", code, "--address", wire.url]
@@ -185,18 +197,19 @@ def test_launch_trains_a_student_of_ones_own_and_a_lost_connection_shows_nothing
             lines = []
             for line in launched.stdout:
                 lines.append(line)
-                if "epoch 2/30" in line:
+                if "epoch 2/12" in line:
                     assert wire.cut() >= 1
             said = launched.stderr.read()
     assert launched.returncode == 0, said + "".join(lines)
     text = "".join(lines)
     assert "this is a student of my own" in text
-    assert re.findall(r"^launched: epoch (\d+)/30, ", text, re.MULTILINE) == [str(epoch) for epoch in range(1, 31)]
+    assert re.findall(r"^launched: epoch (\d+)/12, ", text, re.MULTILINE) == [str(epoch) for epoch in range(1, 13)]
     assert text.count("launched (unix): test accuracy") == 1
-    assert re.fullmatch(rf"\S+: submitted to {wire.url}; .*\n\S+: succeeded\n", said[said.index("raysubmit") :])
+    assert f": submitted to {wire.url}; Ctrl-C leaves it running\n" in said
+    assert said.endswith(": succeeded\n")
     per_epoch = 22 * 48 + round(0.75 * 29)
-    assert spent(teacher, secrets, "launched") == (30 * per_epoch, 30 * per_epoch)
-    assert (folder / "launched" / "epoch-0030.safetensors").is_file()
+    assert spent(teacher, secrets, "launched") == (12 * per_epoch, 12 * per_epoch)
+    assert (folder / "launched" / "epoch-0012.safetensors").is_file()
 
 
 def test_the_jobs_exit_status_is_launchs(teacher, secrets, folder, student):
@@ -207,7 +220,7 @@ def test_the_jobs_exit_status_is_launchs(teacher, secrets, folder, student):
         method="PUT",
     )
     urllib.request.urlopen(request, timeout=10).close()
-    arguments = ["--job", "poor", "--method", "kd", "--teacher-address", teacher.grpc_address]
+    arguments = ["--job", "poor", "--method", "kd+mixup", "--teacher-address", teacher.grpc_address]
     status, out, err = student.run(*arguments, "--output", folder / "poor", "--submission-id", "poor-1")
     assert status == 3, out + err
     assert "stopped after 3 of 230 steps" in out
@@ -271,12 +284,13 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster, teacher, secrets, folde
         assert spent(teacher, secrets, job)[0] == computed
 
 
-def test_no_wait_prints_the_id_alone(teacher, folder, student):
-    status, out, _ = student.run("--no-wait", "--output", folder / "bad", "--teacher-name", "nobody",
-                                 "--teacher-address", teacher.grpc_address)  # fmt: skip
+def test_no_wait_prints_the_id_alone_and_a_job_that_has_hardly_begun_is_stopped(teacher, folder, student):
+    status, out, _ = student.run("--no-wait", "--output", folder / "brief", "--method", "hard", "--epochs", 100_000)
     assert status == 0
     assert re.fullmatch(r"raysubmit_\w+\n", out)
-    until(lambda: "failed with exit status 1" in student.run("status", out.strip())[1])
+    status, said, err = student.run("stop", out.strip())
+    assert status == 0, err
+    assert said.startswith(f"{out.strip()}: stopped")
 
 
 def test_what_is_not_there_is_said_in_a_line(cluster, folder, student):
@@ -302,14 +316,15 @@ def shown(cluster):
     found = {}
     jobs = json.loads(fetch(f"{cluster.dashboard}/api/jobs/"))
     paths = ["/api/jobs/", "/api/v0/actors?detail=1&limit=1000", "/api/v0/tasks?detail=1&limit=1000"]
-    paths += ["/api/v0/runtime_envs?detail=1&limit=1000", "/api/v0/workers?detail=1&limit=1000", "/nodes?view=details"]
+    paths += ["/api/v0/runtime_envs?detail=1&limit=1000", "/api/v0/workers?detail=1&limit=1000", "/nodes?view=summary"]
+    paths += ["/api/v0/jobs", "/logical/actors", "/api/cluster_status"]
     for job in jobs:
         if job["submission_id"]:
             paths += [f"/api/jobs/{job['submission_id']}", f"/api/jobs/{job['submission_id']}/logs"]
     for path in paths:
         found[path] = fetch(cluster.dashboard + path)
-    (targets,) = cluster.folder.rglob("prom_metrics_service_discovery.json")
-    for target in (target for group in json.loads(targets.read_text()) for target in group["targets"]):
+    groups = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
+    for target in (target for group in groups for target in group["targets"]):
         found[f"metrics of {target}"] = fetch(f"http://{target}/metrics")
     for path in cluster.folder.rglob("*"):
         if path.is_file():
@@ -325,7 +340,7 @@ def test_the_token_is_nowhere_in_what_ray_shows_or_writes(cluster, teacher, secr
     assert "/api/jobs/" in seen
     assert any(re.search(r"job-driver-|launched|logs", where) for where in everything)
     assert any(where.startswith("metrics of") and b"ray_" in content for where, content in everything.items())
-    assert any(b"launched: epoch 30/30" in content for content in everything.values())
+    assert any(b"launched: epoch 12/12" in content for content in everything.values())
     for run in folder.iterdir():
         if run.is_dir():
             everything |= {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
