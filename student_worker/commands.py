@@ -2,17 +2,21 @@
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
+from student_worker.answer_log import AnswerLog
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
+from student_worker.checkpoints import KINDS, Checkpoints
 from student_worker.client import TeacherClient
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -24,6 +28,8 @@ from student_worker.config import (
 from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
+from student_worker.ranks import ALONE, Ranks
+from student_worker.state import State, load_state, state_path
 from student_worker.train import Progress, train
 from student_worker.unix import Distilled
 
@@ -32,39 +38,54 @@ _BUDGET_SPENT = 3  # exit status
 
 def train_command(settings: TrainSettings) -> int:
     """Exit status 3: the run was stopped by a spent budget."""
-    _earlier_files(settings)  # told before the teacher is asked anything
-    spent = ""
-    if not settings.method.startswith("hard"):
+    if settings.num_workers:
+        from student_worker.ray_train import on_workers, placed  # noqa: PLC0415 - needs the ray extra
+
+        settings = placed(settings)
+    resumed = _resumed(settings) if settings.resume else None
+    _earlier_files(settings, resumed)  # told before the teacher is asked anything
+    spent = fingerprint = ""
+    if not (resumed or settings.method.startswith("hard")):
         try:
-            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            fingerprint = _check(settings, f"{settings.job}-check", CHECKED_SAMPLES).fingerprint
         except BudgetSpent as error:
             spent = str(error)
     stopping = settings.on_budget_spent == "stop"
     if spent and stopping:
-        _tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
+        tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
         return _BUDGET_SPENT
     if spent:
-        _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
-    progress = _run(settings, spent)
+        tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
+    # A run that has ended needs no teacher, and none of its files is touched.
+    if resumed and resumed.finished:
+        progress = train(settings, None, resumed=resumed)
+    elif settings.num_workers:
+        _clear(settings, resumed)
+        progress = on_workers(settings, spent, resumed.fingerprint if resumed else fingerprint)
+    else:
+        progress = _run(settings, spent, resumed)
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
     )
     if not progress.budget_spent:
         return 0
-    _tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
+    tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
     return _BUDGET_SPENT if stopping else 0
 
 
 def _ended(progress: Progress, settings: TrainSettings) -> str:
     if settings.on_budget_spent == "stop":
         weights = checkpoint_path(settings.output, progress.epoch)
-        return f"stopped after {progress.steps} of {progress.of_steps} steps, checkpoint in {weights}"
+        where = f"after {progress.steps} of {progress.of_steps} steps, checkpoint in {weights}"
+        return f"stopped {where}, and --resume goes on once there is budget"
     return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def tell(line: str) -> None:
+    """On standard error. Not by print, which Ray Train replaces by one that says everything twice."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def check_command(settings: CheckSettings) -> None:
@@ -90,7 +111,7 @@ def _check(settings: CheckSettings | TrainSettings | CompareSettings, job: str, 
         return teacher.describe()
 
 
-def _client(settings: TeacherConfig, job: str) -> TeacherClient:
+def _client(settings: TeacherConfig, job: str, fingerprint: str = "") -> TeacherClient:
     return TeacherClient(
         settings.teacher_address,
         job=job,
@@ -100,6 +121,7 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
         certificate_file=settings.tls_certificate_file,
         key_file=settings.tls_key_file,
         teacher=settings.teacher_name,
+        fingerprint=fingerprint,
         timeout=settings.teacher_timeout,
         cache_namespace=settings.cache_namespace,
     )
@@ -117,50 +139,125 @@ def _kind(budget: pb.Budget) -> str:
     )
 
 
-def _earlier_files(settings: TrainSettings) -> list[Path]:
+def _resumed(settings: TrainSettings) -> State | None:
+    """What is to be gone on with, which is told in any case. Raises ValueError where it does not fit the settings."""
+    path = state_path(settings.output)
+    if not path.exists():
+        tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
+        return None
+    state = load_state(path, settings)
+    if state.finished:
+        tell(f"{settings.job}: had ended already, with {state.steps} steps")
+    else:
+        tell(f"{settings.job}: goes on after step {state.steps}")
+    return state
+
+
+def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> list[Path]:
     """Another run's files in the output folder: two runs in one would leave one's late epochs behind the other's.
 
-    Raises ValueError unless they may be overwritten.
+    The state is the first, for without it nobody takes the rest for a run's. Raises ValueError unless they may be
+    overwritten, or are those of the run that is resumed.
     """
-    earlier = [*settings.output.glob("epoch-*"), *settings.output.glob("events.out.tfevents.*")]
+    if resumed:
+        return []
+    states, answers = KINDS
+    kinds = [states, "epoch-*", answers, "events.out.tfevents.*"]
+    if settings.resume and not settings.overwrite:
+        kinds = ["epoch-*"]  # a run that was killed before its first state left none of these, and nothing of use
+    earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind))]
     if earlier and not settings.overwrite:
-        raise ValueError(f"output: {settings.output} holds another run's files; give another --output, or --overwrite")
+        raise ValueError(
+            f"output: {settings.output} holds another run's files; give another --output, or --overwrite, or --resume "
+            "to go on with that run"
+        )
     return earlier
 
 
-def _run(settings: TrainSettings, budget_spent: str = "") -> Progress:
-    """One training run with its checkpoints, its event files and a progress bar on standard error."""
-    for path in _earlier_files(settings):
+def _clear(settings: TrainSettings, resumed: State | None) -> None:
+    for path in _earlier_files(settings, resumed):
         path.unlink()
+
+
+def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None = None) -> Progress:
+    _clear(settings, resumed)
+    return run(settings, budget_spent=budget_spent, resumed=resumed)
+
+
+def run(
+    settings: TrainSettings,
+    *,
+    budget_spent: str = "",
+    fingerprint: str = "",
+    resumed: State | None = None,
+    ranks: Ranks = ALONE,
+    after_checkpoint: Callable[[State], None] = lambda _: None,
+) -> Progress:
+    """One training run, or one rank's part of it, with its teacher, its checkpoints and what it reports.
+
+    `fingerprint`, or else that of the state `resumed`, is the teacher's; empty = of the one that answers now.
+    """
+    checkpoints = Checkpoints(settings, ranks)
     with ExitStack() as stack:
-        teacher = None
+        answers = None
         if not settings.method.startswith("hard"):
-            teacher = stack.enter_context(_client(settings, settings.job))
-        # disable=None: a bar on a terminal, a line an epoch in a log.
-        bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
-        events = SummaryWriter(settings.output)
-        stack.callback(events.close)
+            fingerprint = resumed.fingerprint if resumed else fingerprint
+            client = stack.enter_context(_client(settings, settings.job, fingerprint))
+            fingerprint = fingerprint or client.describe().fingerprint
+            answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
-        def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
-            bar.total = steps
-            bar.update()
-            events.add_scalar("train/loss", loss, step)
-            events.add_scalar("unix/share", b.share.mean().item(), step)
-            for budget in b.budgets:
-                events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
+        def on_checkpoint(state: State) -> None:
+            checkpoints.save(state, answers)
+            after_checkpoint(state)
 
-        def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
-            bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
-            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
-            events.add_scalar("teacher/asked", progress.asked, progress.steps)
-            events.add_scalar("teacher/computed", progress.computed, progress.steps)
-            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
-            save_checkpoint(settings.output, progress.epoch, student, data, record)
-            if bar.disable:
-                loss = math.nan if progress.loss is None else progress.loss
-                _tell(
-                    f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
-                    f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
-                )
+        on_step, on_epoch = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing, _nothing)
+        return train(
+            settings,
+            answers,
+            budget_spent=budget_spent,
+            fingerprint=fingerprint,
+            resumed=resumed,
+            ranks=ranks,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint,
+        )
 
-        return train(settings, teacher, budget_spent=budget_spent, on_step=on_step, on_epoch=on_epoch)
+
+def _nothing(*_: Any) -> None:
+    """What the ranks report for which the first one speaks."""
+
+
+def _reports(
+    settings: TrainSettings, resumed: State | None, stack: ExitStack
+) -> tuple[Callable[[int, int, float, Distilled], None], Callable[[Progress, nn.Module, Dataset], None]]:
+    """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error."""
+    # disable=None: a bar on a terminal, a line an epoch in a log.
+    bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
+    # What the killed run had drawn beyond its last state is drawn again.
+    events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
+    stack.callback(events.close)
+
+    def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
+        bar.total = steps
+        bar.update(step - bar.n)
+        events.add_scalar("train/loss", loss, step)
+        events.add_scalar("unix/share", b.share.mean().item(), step)
+        for budget in b.budgets:
+            events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
+
+    def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
+        bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
+        events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
+        events.add_scalar("teacher/asked", progress.asked, progress.steps)
+        events.add_scalar("teacher/computed", progress.computed, progress.steps)
+        record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
+        save_checkpoint(settings.output, progress.epoch, student, data, record)
+        if bar.disable:
+            loss = math.nan if progress.loss is None else progress.loss
+            tell(
+                f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
+                f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
+            )
+
+    return on_step, on_epoch
