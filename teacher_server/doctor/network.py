@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from teacher_server.addresses import is_loopback
 from teacher_server.config import ServeSettings
 from teacher_server.doctor.findings import Finding, from_error, note, ok, problem
-from teacher_server.server import is_loopback
 from teacher_server.tokens import ROLES, Token, digest_of, read_tokens
 
 _CONNECT_SECONDS = 2.0
