@@ -1,5 +1,6 @@
 """student-worker: the command line. Torch is imported only once the arguments are known to be good."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -68,8 +69,21 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def _told_by_ray(variable: str) -> bool:
+    """Whether an environment variable was set by the description of the Ray job that we are, which is no secret."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return variable in (job.get("runtime_env") or {}).get("env_vars", {})
+
+
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own errors say it; gRPC's log repeats it
+    if _told_by_ray("STUDENT_TOKEN"):
+        print(
+            "student-worker: STUDENT_TOKEN came with the Ray job's runtime_env, where all who reach the cluster's "
+            "dashboard can read it: revoke that token, and give --token-file, the path of a file on its nodes",
+            file=sys.stderr,
+        )
+        return 2
     try:
         return run_command("student-worker", COMMANDS, argv)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """What `launch` takes, what it lets travel to a cluster, and how it shows a log; the cluster itself: test_ray_jobs."""
 
+import json
 import os
 import pty
 import subprocess
@@ -9,6 +10,7 @@ import termios
 import pytest
 
 from protos.settings import run_command
+from student_worker.__main__ import main
 from student_worker.config import CompareSettings, LaunchSettings, StatusSettings, StopSettings, TrainSettings
 from student_worker.job_log import JobLog
 from student_worker.travel import variables
@@ -132,6 +134,20 @@ def test_the_token_does_not_travel_even_where_it_is_known(launch, monkeypatch):
 def test_a_secret_is_kept_from_every_settings_that_inherit_it():
     assert "token" in LaunchSettings.never_flags
     assert "token" in CompareSettings.never_flags
+
+
+def test_a_token_that_came_with_the_jobs_description_is_not_used(monkeypatch, capsys):
+    """As Ray tells it a job's process (seen with Ray 2.60); test_ray_jobs has it from Ray itself."""
+    told = {"runtime_env": {"env_vars": {"STUDENT_TOKEN": "secret-1", "STUDENT_EPOCHS": "0"}}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    assert main(["train", "--epochs", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "revoke that token, and give --token-file" in said
+    assert "secret-1" not in said
+    for harmless in ({"env_vars": {"STUDENT_TOKEN_FILE": "/etc/token"}}, None, {}):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": harmless}))
+        assert main(["train", "--epochs", "0"]) == 2
+        assert "epochs: Input should be" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- its log

@@ -306,6 +306,20 @@ def test_what_is_not_there_is_said_in_a_line(cluster, folder, student):
     assert re.fullmatch(rf"student-worker: {url}: .*; is a cluster there\? Give its dashboard's .*\n", err)
 
 
+def test_a_job_whose_description_holds_a_token_does_not_start(cluster, teacher, folder):
+    told = json.dumps({"env_vars": {"STUDENT_TOKEN": "a-token-of-nobody"}})
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "ray", "job", "submit", "--runtime-env-json", told, "--",
+            "python", "-m", "student_worker", "train", "--output", folder / "told",
+        ],
+        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "revoke that token, and give --token-file" in done.stdout
+    assert not (folder / "told").exists()
+
+
 def shown(cluster):
     """All that the cluster shows over HTTP, and all that it wrote: {where: bytes}."""
 
