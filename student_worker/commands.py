@@ -206,11 +206,13 @@ def run(
             fingerprint = fingerprint or client.describe().fingerprint
             answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
+        on_step, on_epoch, flush = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing,) * 3
+
         def on_checkpoint(state: State) -> None:
+            flush()  # or a killed run's curves would have a gap before its state
             checkpoints.save(state, answers)
             after_checkpoint(state)
 
-        on_step, on_epoch = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing, _nothing)
         return train(
             settings,
             answers,
@@ -230,8 +232,15 @@ def _nothing(*_: Any) -> None:
 
 def _reports(
     settings: TrainSettings, resumed: State | None, stack: ExitStack
-) -> tuple[Callable[[int, int, float, Distilled], None], Callable[[Progress, nn.Module, Dataset], None]]:
-    """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error."""
+) -> tuple[
+    Callable[[int, int, float, Distilled], None],
+    Callable[[Progress, nn.Module, Dataset], None],
+    Callable[[], None],
+]:
+    """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error.
+
+    The third writes to the event files what has been told so far.
+    """
     # disable=None: a bar on a terminal, a line an epoch in a log.
     bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
     # What the killed run had drawn beyond its last state is drawn again.
@@ -260,4 +269,4 @@ def _reports(
                 f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
             )
 
-    return on_step, on_epoch
+    return on_step, on_epoch, events.flush

@@ -1,9 +1,11 @@
 """Students that die where they are told to, by SIGKILL: `Mortals` starts one process that has torch loaded, and it
 forks one for each run."""
 
+import importlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 
 from student_worker import answer_log, checkpoint, checkpoints, models, state
 from student_worker.__main__ import main
+from student_worker.data import load
 from tests.serving import ROOT
 
 # ---------------------------------------------------------------- a teacher that never answers the same twice
@@ -27,6 +31,21 @@ def noisy(**arguments: Any) -> torch.nn.Module:
     network = models.build(**arguments)
     network.register_forward_hook(lambda module, inputs, logits: logits + 0.1 * torch.randn_like(logits))
     return network
+
+
+class Drawing(torch.nn.Module):
+    """A student that draws from every generator there is."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.network = models.build("cnn-tiny", **arguments)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.dropout(x, 0.1, self.training)
+        if self.training:
+            x = x * (0.9 + 0.1 * random.random() + 0.1 * float(np.random.rand()))  # noqa: NPY002
+        logits: torch.Tensor = self.network(x)
+        return logits
 
 
 # ---------------------------------------------------------------- where to die
@@ -119,6 +138,9 @@ def _live(life: dict[str, Any]) -> int:
 
 def _serve() -> None:
     torch.set_num_threads(1)
+    # What is imported at its first use takes longer than such a run trains, so the children are born with it.
+    load("digits")
+    importlib.import_module("torch._dynamo")
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

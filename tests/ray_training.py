@@ -1,5 +1,9 @@
 """Workers for the tests of Ray Train: a teacher they may all ask, and the same run without Ray to compare with."""
 
+import itertools
+import os
+import signal
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,11 +40,24 @@ def save_exact(folder):
     return save_checkpoint(folder, 1, teacher, digits, {"accuracy": 0.9})
 
 
-def main(settings, folder, rank, world):
+def _mortal(ranks, number):
+    """Dies by SIGKILL where it would wait for the others for the `number`th time while a state is saved."""
+    calls, wait = itertools.count(1), ranks.wait
+
+    def dangerous():
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait()
+
+    ranks.wait = dangerous
+
+
+def main(settings, folder, rank, world, dies="0"):
     """A worker of a run, with nothing of Ray: `settings` is JSON, `folder` is where the ranks meet."""
     rank, world = int(rank), int(world)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     parsed = TrainSettings.model_validate_json(settings)
     with joined() as ranks:
+        _mortal(ranks, int(dies))
         run(parsed, ranks=ranks, resumed=Checkpoints(parsed, ranks).load())
     dist.destroy_process_group()

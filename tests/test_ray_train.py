@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 from urllib.request import Request, urlopen
@@ -20,9 +22,11 @@ from teacher_server.tokens import add_token, new_token
 from tests.asking import metric
 from tests.ray_cluster import ray_cluster
 from tests.ray_training import save_exact
-from tests.serving import ROOT, process, until
+from tests.serving import ROOT, process
 
-N, EPOCHS, STEPS = 1437, 4, 23
+pytestmark = pytest.mark.timeout(300)
+
+EPOCHS, STEPS = 4, 23
 # Parts of 32 and 32, 22 times, and of 15 and 14; three quarters of each are asked about.
 ASKED = EPOCHS * (22 * 48 + 11 + 11)
 RUN = {"dataset": "digits", "student": "cnn-tiny", "epochs": EPOCHS, "threads": 1, "checkpoint_steps": 5}
@@ -68,33 +72,75 @@ def training(cluster, teacher, output, job, **changes):
         reader.start()
         try:
             yield train, said
-            train.wait(100)
+            train.wait(200)
         finally:
             train.kill()
             reader.join()
 
 
-def undisturbed(teacher, folder, **changes):
-    """The weights of the same run by two processes, which nobody kills."""
-    settings = RUN | {"output": str(folder / "runs"), "job": "undisturbed", "num_workers": 2} | changes
+def two_processes(teacher, folder, job, dies=(0, 0)):
+    """Exit codes of the same run by two processes without Ray; each may die where it waits for the `dies`th time."""
+    settings = RUN | {"output": str(folder / job), "job": job, "num_workers": 2}
     settings |= {"teacher_address": teacher.address, "token_file": str(teacher.token_file)}
     program = "import sys; from tests.ray_training import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, json.dumps(settings), str(folder)]
-    workers = [subprocess.Popen([*command, str(rank), "2"], cwd=ROOT) for rank in range(2)]
+    meeting = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, "-c", program, json.dumps(settings), meeting]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    workers = [
+        subprocess.Popen([*command, str(rank), "2", str(number)], cwd=ROOT, **pipes) for rank, number in enumerate(dies)
+    ]
     try:
-        assert [worker.wait(60) for worker in workers] == [0, 0]
+        return [worker.wait(200) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    return load_file(folder / "runs" / f"epoch-000{EPOCHS}.safetensors")
 
 
-def test_a_killed_worker_costs_nothing(cluster, teacher, tmp_path):
+def weights(folder):
+    return load_file(folder / f"epoch-000{EPOCHS}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher, tmp_path_factory):
+    """The weights of the same run by two processes that nobody kills."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert two_processes(teacher, folder, "undisturbed") == [0, 0]
+    assert count(teacher, "samples_total", job="undisturbed", source="computed") == ASKED
+    return weights(folder / "undisturbed")
+
+
+# A state is saved before the first step, every five and at each epoch's end; for each the ranks wait twice, before and
+# after rank 0 writes what makes it the run's.
+@pytest.mark.parametrize(
+    ("job", "dies"),
+    [
+        ("part-written", (0, 7)),  # rank 1, with its part of step 15 in its place and rank 0's not
+        ("unrotated", (12, 0)),  # rank 0, with the first epoch's state in its place and all answers still there
+    ],
+)
+def test_whichever_rank_dies_while_a_state_is_saved(teacher, undisturbed, tmp_path, job, dies):
+    codes = two_processes(teacher, tmp_path, job, dies)
+    assert codes[dies.index(max(dies))] == -signal.SIGKILL
+    assert 0 not in codes  # the other did not wait for ever, nor go on alone
+    assert two_processes(teacher, tmp_path, job) == [0, 0]
+    ended = weights(tmp_path / job)
+    assert all(torch.equal(ended[name], value) for name, value in undisturbed.items())
+    assert count(teacher, "samples_total", job=job, source="computed") == ASKED
+    assert {path.name for path in (tmp_path / job).glob("state*")} == {
+        "state.pt",
+        f"state-rank1-{EPOCHS}-{EPOCHS * STEPS}.pt",
+    }
+
+
+def test_a_killed_worker_costs_nothing(cluster, teacher, undisturbed, tmp_path):
     """SIGKILL in an epoch's midst: the run ends as one that nobody disturbed, bit for bit, and was charged as much."""
     job = "killed"
     with training(cluster, teacher, tmp_path / "out", job) as (train, said):
-        until(lambda: count(teacher, "asked_samples_total", job=job) > 1.5 * ASKED / EPOCHS or train.poll() is not None)
+        # The second epoch's first five steps are behind it.
+        while not list((tmp_path / "out").glob("state-rank1-1-3?.pt")):
+            assert train.poll() is None, said
+            time.sleep(0.01)
         (pid,) = re.findall(r"worker 1 of 2, process (\d+) on \S+, begins", "".join(said))
         os.kill(int(pid), signal.SIGKILL)
     text = "".join(said)
@@ -107,12 +153,8 @@ def test_a_killed_worker_costs_nothing(cluster, teacher, tmp_path):
     assert count(teacher, "samples_total", job=job, source="computed") == ASKED
     spent = json.loads(_http(teacher, "GET", "/v1/spend?tenant=team&job=killed"))
     assert sum(int(line["computed"]) for line in spent["lines"] if line["job"] == job) == ASKED
-    ended, expected = (
-        load_file(tmp_path / "out" / f"epoch-000{EPOCHS}.safetensors"),
-        undisturbed(teacher, tmp_path),
-    )
-    assert all(torch.equal(ended[name], value) for name, value in expected.items())
-    assert count(teacher, "samples_total", job="undisturbed", source="computed") == ASKED
+    ended = weights(tmp_path / "out")
+    assert all(torch.equal(ended[name], value) for name, value in undisturbed.items())
     # Ray has the state too, of all ranks.
     copied = {path.name for path in (tmp_path / "out" / "ray-train").glob("checkpoint_*/*")}
     assert copied >= {"state.pt", f"state-rank1-{EPOCHS}-{EPOCHS * STEPS}.pt"}
