@@ -34,7 +34,7 @@ PAGES = (
     "/api/v0/workers?detail=true",
     "/api/jobs/",
     "/logical/actors",
-    "/nodes?view=details",
+    "/nodes?view=summary",
 )
 
 
@@ -194,7 +194,7 @@ def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place):
     spent = ledger(place, "export")
     charged = sum(int(line["computed"]) for line in csv.DictReader(io.StringIO(spent)) if line["job"] == JOB)
     assert charged == sum(callers.answered for callers in everyone) + late
-    assert "add up" in ledger(place, "verify")
+    assert ledger(place, "verify").startswith("forwarded ")  # or its status would not be 0
 
 
 def late_answers(address, command):
