@@ -38,7 +38,7 @@ def commands(text, *programs):
 OURS = [*commands(README, "teacher-server", "student-worker"), *commands(ON_RAY, "teacher-server", "student-worker")]
 OURS += [
     line.partition(" -- python -m ")[2].replace("_", "-", 1)
-    for line in commands(ON_RAY, "ray job submit")
+    for line in commands(README + ON_RAY, "ray job submit")
     if " -- python -m " in line
 ]
 
