@@ -29,6 +29,8 @@ _AWAY = 60.0
 """Seconds without an answer after which a job that is followed is given up; it may go on all the same."""
 _SOON = 5.0
 """Seconds that a job may wait for its turn before that is said."""
+_ENDED = 30.0
+"""Seconds that a job may take to end: Ray kills one after 3 unless told otherwise."""
 _POLL = 0.5
 _JOB = "preceptor-job"  # in the submission's metadata, as in a query's
 
@@ -79,13 +81,19 @@ def status_command(settings: StatusSettings) -> int:
 
 
 def stop_command(settings: StopSettings) -> int:
-    """Ends a job and returns once it has ended; 0 also where it had before. Raises ClusterError."""
+    """Ends a job and returns once it has ended; 0 also where it had before. Raises ClusterError where it goes on."""
     cluster = _Cluster(settings.address)
-    if not cluster.job(settings.submission_id).status.is_terminal():
-        cluster.ask(lambda client: client.stop_job(settings.submission_id))
-        while not cluster.job(settings.submission_id).status.is_terminal():
-            time.sleep(_POLL)
     job = cluster.job(settings.submission_id)
+    if not job.status.is_terminal():
+        cluster.ask(lambda client: client.stop_job(settings.submission_id))
+        patience = time.monotonic() + _ENDED
+        while not (job := cluster.job(settings.submission_id)).status.is_terminal():
+            if time.monotonic() > patience:
+                raise ClusterError(
+                    f"{cluster.url}: {settings.submission_id} was asked to end, and is {_state(job)} after "
+                    f"{_ENDED:.0f} s; Ray ends a pending job only once it has what it waits for, or has given it up"
+                )
+            time.sleep(_POLL)
     print(f"{settings.submission_id}: {_state(job)}{_when(job)}")  # noqa: T201
     return 0
 
