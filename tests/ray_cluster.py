@@ -85,7 +85,7 @@ def ray_cluster(cpus: int = 8, environment: dict[str, str] | None = None) -> Ite
                 _wait(head, cluster)
                 yield cluster
             finally:
-                _end(head, folder, f"RAY_ADDRESS=127.0.0.1:{port}")
+                _end(head, folder, f"RAY_ADDRESS=127.0.0.1:{port}\0")
 
 
 def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
