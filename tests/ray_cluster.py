@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -84,7 +85,7 @@ def ray_cluster(cpus: int = 8, environment: dict[str, str] | None = None) -> Ite
                 _wait(head, cluster)
                 yield cluster
             finally:
-                _end(head, folder)
+                _end(head, folder, f"RAY_ADDRESS=127.0.0.1:{port}\0")
 
 
 def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
@@ -93,20 +94,25 @@ def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
         try:
             with urllib.request.urlopen(f"{cluster.dashboard}/api/version", timeout=2):
                 return
-        except OSError:
+        except OSError as error:
+            if isinstance(error, HTTPError) and error.code == 401:
+                return  # a cluster with RAY_AUTH_MODE=token
             if head.poll() is not None or time.monotonic() > end:
                 raise RuntimeError((cluster.folder / "start.log").read_text()) from None
             time.sleep(0.1)
 
 
-def _end(head: subprocess.Popen[bytes], folder: str) -> None:
-    """All processes that belong to the cluster, by pid: Ray gives some of them sessions of their own."""
+def _end(head: subprocess.Popen[bytes], *marks: str) -> None:
+    """All processes that belong to the cluster, by pid: Ray gives some of them sessions of their own.
+
+    A job's process knows the cluster's address alone, and outlives it if what watches over it is killed first.
+    """
     head.send_signal(signal.SIGTERM)
     try:
         head.wait(15)
     except subprocess.TimeoutExpired:
         head.kill()
-    for pid in pids(folder):
+    for pid in pids(*marks):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -114,14 +120,15 @@ def _end(head: subprocess.Popen[bytes], folder: str) -> None:
     head.wait()
 
 
-def pids(folder: str | Path) -> list[int]:
-    """Processes whose command line, or environment, names the cluster's folder."""
+def pids(*marks: str) -> list[int]:
+    """Processes whose command line or environment has one of these, such as the cluster's folder; not this process."""
     found = []
     for entry in Path("/proc").iterdir():
         if not re.fullmatch(r"\d+", entry.name) or int(entry.name) == os.getpid():
             continue
         try:
-            if str(folder).encode() in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes():
+            words = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+            if any(mark.encode() in words for mark in marks):
                 found.append(int(entry.name))
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue
