@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from protos.settings import Command, run_command
-from student_worker.config import CheckSettings, CompareSettings, TrainSettings
+from student_worker.config import CheckSettings, CompareSettings, SweepSettings, TrainSettings
 
 
 def _runs(name: str) -> Callable[[Any], int]:
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "train": (TrainSettings, _runs("train_command")),
     "check": (CheckSettings, _runs("check_command")),
     "compare": (CompareSettings, _runs("compare_command")),
+    "sweep": (SweepSettings, _runs("sweep_command")),
 }
 
 

@@ -18,13 +18,14 @@ from student_worker.config import (
     CHECKED_SAMPLES,
     CheckSettings,
     CompareSettings,
+    SweepSettings,
     TeacherConfig,
     TrainSettings,
 )
 from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
-from student_worker.train import Progress, train
+from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
 
 _BUDGET_SPENT = 3  # exit status
@@ -79,7 +80,29 @@ def compare_command(settings: CompareSettings) -> None:
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
 
 
-def _check(settings: CheckSettings | TrainSettings | CompareSettings, job: str, samples: int) -> pb.TeacherDescription:
+def sweep_command(settings: SweepSettings) -> int:
+    """Exit status 1: a trial failed, or was interrupted; 3: none did, but one was stopped by a spent budget."""
+    from student_worker.ray_sweep import sweep  # noqa: PLC0415 - needs the ray and bench extras
+    from student_worker.sweep import trials  # noqa: PLC0415
+
+    if settings.token is not None and settings.token_file is None:
+        raise ValueError("token: it would have to be sent to the cluster; put it into a file there, for --token-file")
+    with ExitStack() as stack:
+        teacher = None
+        if any(trial.asks for trial in trials(settings)):
+            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            teacher = stack.enter_context(_client(settings, settings.job))
+        text, statuses = sweep(settings, _run, teacher)
+    print(text)  # noqa: T201
+    print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
+    if "failed" in statuses or "unfinished" in statuses:
+        return 1
+    return _BUDGET_SPENT if "budget spent" in statuses else 0
+
+
+def _check(
+    settings: CheckSettings | TrainSettings | CompareSettings | SweepSettings, job: str, samples: int
+) -> pb.TeacherDescription:
     """Does the teacher understand the data? Before a run it is booked to another job, so that the run's count is its.
 
     Unix asks the same for free while it trains; with few labels it would take it many steps to know.
@@ -128,8 +151,17 @@ def _earlier_files(settings: TrainSettings) -> list[Path]:
     return earlier
 
 
-def _run(settings: TrainSettings, budget_spent: str = "") -> Progress:
-    """One training run with its checkpoints, its event files and a progress bar on standard error."""
+def _run(
+    settings: TrainSettings,
+    budget_spent: str = "",
+    *,
+    also_on_step: OnStep = lambda *_: None,
+    also_on_epoch: OnEpoch = lambda *_: None,
+) -> Progress:
+    """One training run with its checkpoints, its event files and a progress bar on standard error.
+
+    `also_on_step` and `also_on_epoch` are called as train calls what it is given, when all else is done.
+    """
     for path in _earlier_files(settings):
         path.unlink()
     with ExitStack() as stack:
@@ -148,6 +180,7 @@ def _run(settings: TrainSettings, budget_spent: str = "") -> Progress:
             events.add_scalar("unix/share", b.share.mean().item(), step)
             for budget in b.budgets:
                 events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
+            also_on_step(step, steps, loss, b)
 
         def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
             bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
@@ -162,5 +195,6 @@ def _run(settings: TrainSettings, budget_spent: str = "") -> Progress:
                     f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
                     f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
                 )
+            also_on_epoch(progress, student, data)
 
         return train(settings, teacher, budget_spent=budget_spent, on_step=on_step, on_epoch=on_epoch)

@@ -1,0 +1,144 @@
+"""A sweep's trials on a Ray cluster, by Ray Tune: it places them, counts their failures, and ends those that lag."""
+
+import logging
+import shutil
+import sys
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from time import monotonic, sleep
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from torch import nn
+
+from protos import teacher_pb2 as pb
+from student_worker.client import TeacherClient
+from student_worker.config import SweepSettings, TrainSettings
+from student_worker.data import Dataset, load
+from student_worker.sweep import Distinct, Trial, split_accuracy, trials
+from student_worker.sweep_report import Books, Outcome, SweepReport
+from student_worker.train import OnEpoch, OnStep, Progress
+from student_worker.unix import Distilled
+
+_LATE_SECONDS = 10.0
+_POLL_SECONDS = 0.5
+
+
+class Run(Protocol):
+    """One training run, with its files."""
+
+    def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> Progress: ...
+
+
+def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> tuple[str, list[str]]:
+    """Runs all trials of a sweep and writes its report; the report's text, and each trial's status.
+
+    `teacher` may be None where no trial has one. Raises ValueError for a trial that cannot be, and for another sweep's
+    files in the output folder, before any trial begins.
+    """
+    made = trials(settings)
+    earlier = [path for path in (settings.output / "report.json", *settings.output.glob("trial-*")) if path.exists()]
+    if earlier and not settings.overwrite:
+        raise ValueError(
+            f"output: {settings.output} holds another sweep's files; give another --output, or --overwrite"
+        )
+    for path in (*earlier, settings.output / "tune"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    before = Books(teacher.spend("").lines if teacher else ())
+    outcomes = run_trials(settings, made, run)
+    spent = _spent(made, outcomes, before, teacher)
+    report = SweepReport(
+        settings,
+        trials=made,
+        outcomes=outcomes,
+        spent=spent,
+        teacher=teacher.describe() if teacher else pb.TeacherDescription(),
+        data=load(settings.dataset, settings.data_directory),
+    )
+    return report.write(), report.statuses
+
+
+def _spent(
+    made: list[Trial], outcomes: list[Outcome], before: Books, teacher: TeacherClient | None
+) -> list[Counter[str]]:
+    """What the ledger booked to each trial since `before`; other replicas may need a moment to post their books."""
+    end = monotonic() + _LATE_SECONDS
+    while True:
+        books = Books(teacher.spend("").lines if teacher else ())
+        spent = [books.since(before, trial.settings.job) for trial in made]
+        late = any(o.progress and o.progress.asked > s["asked"] for o, s in zip(outcomes, spent, strict=True))
+        if not late or monotonic() > end:
+            return spent
+        sleep(_POLL_SECONDS)
+
+
+def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Outcome]:
+    """Runs each trial in a process of the cluster; what became of each, in their order.
+
+    A trial that fails ends no other. `run` must be a function of a module that the nodes can import.
+    """
+    scheduler = None
+    if settings.asha:
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            max_t=settings.epochs,
+            grace_period=min(settings.asha_grace, settings.epochs),
+            reduction_factor=settings.asha_reduction,
+        )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
+    ray.init()
+    try:
+        places = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trial, made=made, run=run), places),
+            param_space={"trial": tune.grid_search([{"number": t.number, **t.values} for t in made])},
+            tune_config=tune.TuneConfig(
+                metric="validation",
+                mode="max",
+                scheduler=scheduler,
+                max_concurrent_trials=settings.concurrent_trials or None,
+            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(settings.output.absolute()), verbose=0),
+        )
+        with redirect_stdout(sys.stderr):  # what Tune tells meanwhile; standard output is the report's
+            results = tuner.fit()
+        found = [results[place] for place in range(len(results))]
+    finally:
+        ray.shutdown()
+    outcomes = {result.config["trial"]["number"]: _outcome(result) for result in found if result.config}
+    return [outcomes.get(trial.number, Outcome()) for trial in made]
+
+
+def _trial(config: dict[str, Any], *, made: list[Trial], run: Run) -> None:
+    trial = made[config["trial"]["number"]]
+    distinct = Distinct()
+
+    def on_step(_step: int, _steps: int, _loss: float, b: Distilled) -> None:
+        if not trial.mixes:
+            distinct.add(b)
+
+    def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
+        alone = progress.asked if trial.mixes else len(distinct)
+        validation, test = split_accuracy(progress.accuracy, student, data)
+        told = {"epoch": progress.epoch, "validation": validation, "test": test, "alone": alone}
+        tune.report(told | {"progress": asdict(progress)})  # last: ASHA may end the trial here
+
+    run(trial.settings, also_on_step=on_step, also_on_epoch=on_epoch)
+
+
+def _outcome(result: tune.Result) -> Outcome:
+    metrics = result.metrics or {}
+    error = str(result.error).strip().splitlines()[-1] if result.error else ""
+    if "progress" not in metrics:
+        return Outcome(error=error)
+    return Outcome(
+        progress=Progress(**metrics["progress"]),
+        validation=metrics["validation"],
+        test=metrics["test"],
+        alone=metrics["alone"],
+        error=error,
+        ended=bool(metrics.get("done")),
+    )

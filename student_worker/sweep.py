@@ -1,0 +1,98 @@
+"""A sweep's trials: what each is made of, and what it finds out while it trains; ray_sweep.py says where they run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from pydantic import ValidationError
+from torch import nn
+
+from student_worker.config import SweepSettings, TrainSettings
+from student_worker.data import Dataset, epoch_order
+from student_worker.space import points
+from student_worker.train import accuracy, normaliser
+from student_worker.unix import Distilled
+
+_DIGEST_BYTES = 8  # two of 100 million samples are taken for one with a probability of 0.03 %
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    values: dict[str, Any]
+    """What the space says of it, by field."""
+    settings: TrainSettings
+
+    @property
+    def asks(self) -> bool:
+        """Whether it has a teacher."""
+        return not self.settings.method.startswith("hard")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its questions are mixed afresh, so that none ever comes twice."""
+        return self.settings.method == "kd+mixup" or (self.settings.method == "unix" and self.settings.mixing != "none")
+
+
+def trials(settings: SweepSettings) -> list[Trial]:
+    """All trials, each a run of train with its own job and folder. Raises ValueError for a value that is out of range.
+
+    They hold no token, and paths that do not depend on the current directory: they are sent to other machines.
+    """
+    shared: dict[str, Any] = {
+        name: getattr(settings, name) for name in TrainSettings.model_fields if name in SweepSettings.model_fields
+    }
+    for name in ("data_directory", "token_file", "tls_ca_file", "tls_certificate_file", "tls_key_file", "output"):
+        shared[name] = shared[name] and shared[name].absolute()
+    if settings.device == "auto" and not settings.gpus_per_trial:
+        shared["device"] = "cpu"
+    made = []
+    for number, values in enumerate(points(settings.space, settings.trials, settings.space_seed)):
+        own = {"job": f"{settings.job}-{number:04d}", "output": shared["output"] / f"trial-{number:04d}"}
+        try:
+            train = TrainSettings(**shared | values | own | {"config": None, "token": None})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"space: {field}: {problem['msg']}, got {problem['input']!r} (--space)") from None
+        made.append(Trial(number, values, train))
+    return made
+
+
+class Distinct:
+    """How many different samples a trial has asked about: as many as it alone would have had computed.
+
+    Given the very values that the student was fed, so views that happen to look the same count once, as in the cache.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, b: Distilled) -> None:
+        if b.source:  # else it was learnt from labels alone
+            for row in b.x.detach().contiguous().cpu().numpy():
+                digest = blake3(row.tobytes()).digest(length=_DIGEST_BYTES)
+                self._seen.add(int.from_bytes(digest, "little"))
+
+
+def halves(items: int) -> tuple[Sequence[int], Sequence[int]]:
+    """The test items' places, dealt into those to choose a trial by and those to report; the same for every sweep."""
+    order = epoch_order(items, 0, 0)
+    return np.sort(order[: items // 2]).tolist(), np.sort(order[items // 2 :]).tolist()
+
+
+def split_accuracy(whole: float, student: nn.Module, data: Dataset) -> tuple[float, float]:
+    """Top-1, 0..1, on either of the `halves`, of a student whose accuracy on both together is `whole`.
+
+    Leaves the student in eval mode.
+    """
+    device = next(student.parameters()).device
+    chosen, reported = halves(len(data.test_x))
+    validation = accuracy(student, normaliser(data, device), data.test_x[chosen], data.test_y[chosen], device)
+    right = round(whole * len(data.test_x)) - round(validation * len(chosen))
+    return validation, right / len(reported)
