@@ -89,7 +89,7 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Out
             reduction_factor=settings.asha_reduction,
         )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
-    ray.init()
+    ray.init(log_to_driver=False)  # what trials write themselves stays in Ray's logs; _Told says how they do
     try:
         places = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
         tuner = tune.Tuner(
@@ -101,7 +101,9 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Out
                 scheduler=scheduler,
                 max_concurrent_trials=settings.concurrent_trials or None,
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(settings.output.absolute()), verbose=0),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(settings.output.absolute()), verbose=0, callbacks=[_Told(made)]
+            ),
         )
         with redirect_stdout(sys.stderr):  # what Tune tells meanwhile; standard output is the report's
             results = tuner.fit()
@@ -110,6 +112,26 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Out
         ray.shutdown()
     outcomes = {result.config["trial"]["number"]: _outcome(result) for result in found if result.config}
     return [outcomes.get(trial.number, Outcome()) for trial in made]
+
+
+class _Told(tune.Callback):
+    """A line on standard error for each trial's epoch, and for its end."""
+
+    def __init__(self, made: list[Trial]) -> None:
+        self._made = made
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:  # noqa: ARG002
+        epochs = self._train(trial).epochs
+        self._tell(trial, f"epoch {result['epoch']}/{epochs}, validation accuracy {result['validation']:.4f}")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
+        self._tell(trial, "failed")
+
+    def _train(self, trial: Any) -> TrainSettings:
+        return self._made[trial.config["trial"]["number"]].settings
+
+    def _tell(self, trial: Any, what: str) -> None:
+        print(f"{self._train(trial).job}: {what}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _trial(config: dict[str, Any], *, made: list[Trial], run: Run) -> None:
