@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_command("student-worker", COMMANDS, argv)
     except KeyboardInterrupt:
-        print("\nstudent-worker: interrupted; checkpoints of epochs that ended stay", file=sys.stderr)
+        print(
+            "\nstudent-worker: interrupted; checkpoints of epochs that ended stay, and train --resume goes on",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -11,7 +11,7 @@ from protos import wire
 from student_worker.errors import FingerprintChanged, TeacherFailed
 from student_worker.losses import TopK
 
-_SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
+SOURCES = {pb.SOURCE_COMPUTED: "computed", pb.SOURCE_CACHED: "cached", pb.SOURCE_COALESCED: "coalesced"}
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def decoded(reply: pb.LabelResponse, n: int, description: pb.TeacherDescription,
     """
     _check_fingerprint(reply.fingerprint, description)
     logits = _logits(reply.answers, n, description, spec)
-    if unknown := set(reply.sources) - _SOURCES.keys():
+    if unknown := set(reply.sources) - SOURCES.keys():
         raise TeacherFailed(f"the server's reply has sources {unknown}, which are not known here")
     if len(reply.sources) != n:
         raise TeacherFailed(f"the server's reply has {len(reply.sources)} sources, asked were {n} samples")
-    sources = tuple(_SOURCES[source] for source in reply.sources)
+    sources = tuple(SOURCES[source] for source in reply.sources)
     return Answer(logits, sources, reply.cost, tuple(reply.budgets), reply.fingerprint, description)
 
 

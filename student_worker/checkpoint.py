@@ -30,8 +30,8 @@ def save_checkpoint(folder: Path, epoch: int, student: nn.Module, data: Dataset,
             state[name] = tensor.detach().cpu().contiguous()
     description = json_format.MessageToJson(describe(data, record["accuracy"]), indent=None)
     path = checkpoint_path(folder, epoch)
-    _write(path, save(state, metadata={"preceptor": description}))
-    _write(path.with_suffix(".json"), json.dumps(record, indent=2, default=str).encode() + b"\n")
+    write_whole(path, save(state, metadata={"preceptor": description}))
+    write_whole(path.with_suffix(".json"), json.dumps(record, indent=2, default=str).encode() + b"\n")
     return path
 
 
@@ -52,8 +52,8 @@ def describe(data: Dataset, top1: float) -> pb.TeacherDescription:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whoever reads `path`, at any time, finds the old content or the new; never a part."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Whoever reads `path`, at any time and whatever is killed, finds the old content or the new; never a part."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         file.write(content)

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
+from student_worker.answer_log import AnswerLog
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
 from student_worker.client import TeacherClient
@@ -25,6 +26,7 @@ from student_worker.config import (
 from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
+from student_worker.state import State, load_state, save_state, state_path
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
 
@@ -33,9 +35,10 @@ _BUDGET_SPENT = 3  # exit status
 
 def train_command(settings: TrainSettings) -> int:
     """Exit status 3: the run was stopped by a spent budget."""
-    _earlier_files(settings)  # told before the teacher is asked anything
+    resumed = _resumed(settings) if settings.resume else None
+    _earlier_files(settings, resumed)  # told before the teacher is asked anything
     spent = ""
-    if not settings.method.startswith("hard"):
+    if not (resumed or settings.method.startswith("hard")):
         try:
             _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
         except BudgetSpent as error:
@@ -46,7 +49,10 @@ def train_command(settings: TrainSettings) -> int:
         return _BUDGET_SPENT
     if spent:
         _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
-    progress = _run(settings, spent)
+    # A run that has ended needs no teacher, and none of its files is touched.
+    progress = (
+        train(settings, None, resumed=resumed) if resumed and resumed.finished else _run(settings, spent, resumed)
+    )
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
@@ -60,7 +66,8 @@ def train_command(settings: TrainSettings) -> int:
 def _ended(progress: Progress, settings: TrainSettings) -> str:
     if settings.on_budget_spent == "stop":
         weights = checkpoint_path(settings.output, progress.epoch)
-        return f"stopped after {progress.steps} of {progress.of_steps} steps, checkpoint in {weights}"
+        where = f"after {progress.steps} of {progress.of_steps} steps, checkpoint in {weights}"
+        return f"stopped {where}, and --resume goes on once there is budget"
     return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
 
 
@@ -92,12 +99,19 @@ def sweep_command(settings: SweepSettings) -> int:
         if any(trial.asks for trial in trials(settings)):
             _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
             teacher = stack.enter_context(_client(settings, settings.job))
-        text, statuses = sweep(settings, _run, teacher)
+        text, statuses = sweep(settings, _trial, teacher)
     print(text)  # noqa: T201
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
     if "failed" in statuses or "unfinished" in statuses:
         return 1
     return _BUDGET_SPENT if "budget spent" in statuses else 0
+
+
+def _trial(settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None:
+    """One run of a sweep; it goes on where an earlier attempt of the same sweep was killed."""
+    resumed = _resumed(settings) if settings.resume else None
+    if not (resumed and resumed.finished):
+        _run(settings, "", resumed, also_on_step=also_on_step, also_on_epoch=also_on_epoch)
 
 
 def _check(
@@ -113,7 +127,7 @@ def _check(
         return teacher.describe()
 
 
-def _client(settings: TeacherConfig, job: str) -> TeacherClient:
+def _client(settings: TeacherConfig, job: str, fingerprint: str = "") -> TeacherClient:
     return TeacherClient(
         settings.teacher_address,
         job=job,
@@ -123,6 +137,7 @@ def _client(settings: TeacherConfig, job: str) -> TeacherClient:
         certificate_file=settings.tls_certificate_file,
         key_file=settings.tls_key_file,
         teacher=settings.teacher_name,
+        fingerprint=fingerprint,
         timeout=settings.teacher_timeout,
         cache_namespace=settings.cache_namespace,
     )
@@ -140,20 +155,48 @@ def _kind(budget: pb.Budget) -> str:
     )
 
 
-def _earlier_files(settings: TrainSettings) -> list[Path]:
+def _answers_path(settings: TrainSettings) -> Path:
+    return settings.output / "answers.log"
+
+
+def _resumed(settings: TrainSettings) -> State | None:
+    """What is to be gone on with, which is told in any case. Raises ValueError where it does not fit the settings."""
+    path = state_path(settings.output)
+    if not path.exists():
+        _tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
+        return None
+    state = load_state(path, settings)
+    if state.finished:
+        _tell(f"{settings.job}: had ended already, with {state.steps} steps")
+    else:
+        _tell(f"{settings.job}: goes on after step {state.steps}")
+    return state
+
+
+def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> list[Path]:
     """Another run's files in the output folder: two runs in one would leave one's late epochs behind the other's.
 
-    Raises ValueError unless they may be overwritten.
+    The state is the first, for without it nobody takes the rest for a run's. Raises ValueError unless they may be
+    overwritten, or are those of the run that is resumed.
     """
-    earlier = [*settings.output.glob("epoch-*"), *settings.output.glob("events.out.tfevents.*")]
+    if resumed:
+        return []
+    kinds = ["state.pt", "epoch-*", "answers.log", "events.out.tfevents.*"]
+    if settings.resume and not settings.overwrite:
+        kinds = kinds[:2]  # a run that was killed before its first state left no more, and nothing in it
+    earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind))]
     if earlier and not settings.overwrite:
-        raise ValueError(f"output: {settings.output} holds another run's files; give another --output, or --overwrite")
+        raise ValueError(
+            f"output: {settings.output} holds another run's files; give another --output, or --overwrite, or --resume "
+            "to go on with that run"
+        )
     return earlier
 
 
 def _run(
     settings: TrainSettings,
     budget_spent: str = "",
+    resumed: State | None = None,
     *,
     also_on_step: OnStep = lambda *_: None,
     also_on_epoch: OnEpoch = lambda *_: None,
@@ -162,20 +205,23 @@ def _run(
 
     `also_on_step` and `also_on_epoch` are called as train calls what it is given, when all else is done.
     """
-    for path in _earlier_files(settings):
+    for path in _earlier_files(settings, resumed):
         path.unlink()
     with ExitStack() as stack:
-        teacher = None
+        answers, fingerprint = None, ""
         if not settings.method.startswith("hard"):
-            teacher = stack.enter_context(_client(settings, settings.job))
+            client = stack.enter_context(_client(settings, settings.job, resumed.fingerprint if resumed else ""))
+            fingerprint = resumed.fingerprint if resumed else client.describe().fingerprint
+            answers = stack.enter_context(AnswerLog(client, _answers_path(settings)))
         # disable=None: a bar on a terminal, a line an epoch in a log.
         bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
-        events = SummaryWriter(settings.output)
+        # What the killed run had drawn beyond its last state is drawn again.
+        events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
         stack.callback(events.close)
 
         def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
             bar.total = steps
-            bar.update()
+            bar.update(step - bar.n)
             events.add_scalar("train/loss", loss, step)
             events.add_scalar("unix/share", b.share.mean().item(), step)
             for budget in b.budgets:
@@ -197,4 +243,18 @@ def _run(
                 )
             also_on_epoch(progress, student, data)
 
-        return train(settings, teacher, budget_spent=budget_spent, on_step=on_step, on_epoch=on_epoch)
+        def on_checkpoint(state: State) -> None:
+            save_state(state_path(settings.output), state)
+            if answers is not None and state.unix is not None:
+                answers.rotate(state.unix)
+
+        return train(
+            settings,
+            answers,
+            budget_spent=budget_spent,
+            fingerprint=fingerprint,
+            resumed=resumed,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint,
+        )

@@ -260,7 +260,7 @@ def _interval(values: Sequence[float]) -> float | None:
 
 def _plot(summaries: Sequence[Summary], teacher_top1: float, title: str, path: Path) -> None:
     across, up = "samples that the teacher computed (thousands)", "student's test accuracy, last epoch (%)"
-    with accuracy_plot(path, title, teacher_top1, across, up) as axes:
+    with accuracy_plot(path, title, teacher_top1, across=across, up=up) as axes:
         for s, marker in zip(summaries, "osD^v", strict=False):
             error = None if s.accuracy_interval is None else 100 * s.accuracy_interval
             label = f"{s.method}: {_points(s.accuracy, s.accuracy_interval)} %"

@@ -131,7 +131,20 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     output: Path = Path("runs/train")
     """Folder for checkpoints, metrics and TensorBoard's event files."""
     overwrite: bool = False
-    """Remove another run's checkpoints and event files from the output folder first."""
+    """Remove another run's files from the output folder first; not those of the run that --resume goes on with."""
+    resume: bool = False
+    """Go on with the run whose state is in the output folder, as if it had never stopped; where none is, begin."""
+    checkpoint_steps: int = Field(default=0, ge=0)
+    """Steps between two writings of the state that --resume reads; 0 = it is written at each epoch's end only."""
+
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(TeacherConfig.model_fields) - {"cache_namespace"} | {
+        "config", "output", "overwrite", "resume", "checkpoint_steps",
+    }  # fmt: skip
+    """Fields in which a resumed run may differ from what it began with: none changes what is learnt."""
+
+    def deciding(self) -> dict[str, Any]:
+        """The other fields, in JSON's terms: they decide what is learnt, or name the run at the teacher."""
+        return self.model_dump(mode="json", exclude=set(self.free_on_resume))
 
 
 class CheckSettings(DataConfig, TeacherConfig, Settings, env_prefix="STUDENT_"):
@@ -214,6 +227,8 @@ class SweepSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     """Trials at a time, at most; 0 = as many as the cluster has CPUs and GPUs for."""
     cpus_per_trial: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for each."""
+    max_failures: int = Field(default=0, ge=0)
+    """Times that a failed trial may go on from the end of its last epoch, as where its node is taken away."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs, or a share of one, for each; with 0, --device auto is the CPU."""
     asha: bool = False

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,11 @@ class Lessons:
             raise ValueError(f"method {settings.method} needs a teacher")
         self._settings = settings
         self._data, self._labels, self._device = data, labels, device
-        generator = torch.Generator().manual_seed(settings.seed)
-        self._unix = None if hard or teacher is None else _unix(settings, teacher, normalised, generator)
-        self._alone = HardLabels(mixing=settings.method == "hard+mixup", to_student=normalised, generator=generator)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._unix = None if hard or teacher is None else _unix(settings, teacher, normalised, self._generator)
+        self._alone = HardLabels(
+            mixing=settings.method == "hard+mixup", to_student=normalised, generator=self._generator
+        )
         self.budget_spent = budget_spent
         self.steps = self.taught = self.learnt = 0
         self.sources = Counter[str]()
@@ -65,15 +68,16 @@ class Lessons:
     def scored(self) -> int:
         return self._unix.scored if self._unix else 0
 
-    def epoch(self, number: int, student: nn.Module) -> Generator[Distilled, None, None]:
+    def epoch(self, number: int, student: nn.Module, first: int = 0) -> Generator[Distilled, None, None]:
         """The epoch's batches, each once, whether the teacher or its label teaches it; fewer where the run is over.
 
-        From the moment when the budget is spent the run is one of method `hard`: batches whose answers had not come
-        are learnt with their labels. Close it (contextlib.closing): queries may be in flight.
+        `first` is how many of them a resumed run has learnt already. From the moment when the budget is spent the run
+        is one of method `hard`: batches whose answers had not come are learnt with their labels. Close it
+        (contextlib.closing): queries may be in flight.
         """
-        before = self.steps
+        before = self.steps - first
         if self._unix and not self.budget_spent:
-            batches = self._batches(self._settings, number)
+            batches = self._batches(self._settings, number, first)
             try:
                 with closing(self._unix.batches(batches, student, self._settings.depth)) as answered:
                     for b in answered:
@@ -85,7 +89,7 @@ class Lessons:
                 return
         if not self.over:
             settings = self._settings if self._unix is None else self._settings.model_copy(update={"method": "hard"})
-            for b in self._alone.batches(self._batches(settings, number, first=self.steps - before)):
+            for b in self._alone.batches(self._batches(settings, number, self.steps - before)):
                 yield self._counted(b)
 
     def criterion(self, student_logits: Tensor, b: Distilled) -> Tensor:
@@ -94,7 +98,28 @@ class Lessons:
             return self._unix.criterion(student_logits, b)
         return self._alone.criterion(student_logits, b)
 
-    def _batches(self, settings: TrainSettings, number: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, random state and what Unix keeps, in plain values and tensors; within `epoch`, as Unix's."""
+        return {
+            "steps": self.steps,
+            "taught": self.taught,
+            "learnt": self.learnt,
+            "sources": dict(self.sources),
+            "budget_spent": self.budget_spent,
+            "generator": self._generator.get_state(),
+            "unix": self._unix.state_dict() if self._unix else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`, in the epoch and behind the batch where it was taken."""
+        self.steps, self.taught, self.learnt = state["steps"], state["taught"], state["learnt"]
+        self.sources = Counter(state["sources"])
+        self.budget_spent = state["budget_spent"]
+        if self._unix:
+            self._unix.load_state_dict(state["unix"])
+        self._generator.set_state(state["generator"])
+
+    def _batches(self, settings: TrainSettings, number: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return epoch_batches(settings, self._data, self._labels, number, self._device, first=first)
 
     def _counted(self, b: Distilled) -> Distilled:

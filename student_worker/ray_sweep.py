@@ -1,11 +1,13 @@
 """A sweep's trials on a Ray cluster, by Ray Tune: it places them, counts their failures, and ends those that lag."""
 
 import logging
+import secrets
 import shutil
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from socket import gethostname
 from time import monotonic, sleep
 from typing import Any, Protocol
 
@@ -23,14 +25,15 @@ from student_worker.sweep_report import Books, Outcome, SweepReport
 from student_worker.train import OnEpoch, OnStep, Progress
 from student_worker.unix import Distilled
 
+_MARK = "sweep"  # a file that says whose folder it is
 _LATE_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 
 
 class Run(Protocol):
-    """One training run, with its files."""
+    """One training run, with its files; resumed where the settings say so and there is a state."""
 
-    def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> Progress: ...
+    def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None: ...
 
 
 def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> tuple[str, list[str]]:
@@ -47,8 +50,12 @@ def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> t
         )
     for path in (*earlier, settings.output / "tune"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    mark = secrets.token_hex(8)
+    for trial in made:
+        trial.settings.output.mkdir(parents=True)
+        (trial.settings.output / _MARK).write_text(mark)
     before = Books(teacher.spend("").lines if teacher else ())
-    outcomes = run_trials(settings, made, run)
+    outcomes = run_trials(settings, made, run, mark)
     spent = _spent(made, outcomes, before, teacher)
     report = SweepReport(
         settings,
@@ -75,7 +82,7 @@ def _spent(
         sleep(_POLL_SECONDS)
 
 
-def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Outcome]:
+def run_trials(settings: SweepSettings, made: list[Trial], run: Run, mark: str) -> list[Outcome]:
     """Runs each trial in a process of the cluster; what became of each, in their order.
 
     A trial that fails ends no other. `run` must be a function of a module that the nodes can import.
@@ -93,7 +100,7 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Out
     try:
         places = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_trial, made=made, run=run), places),
+            tune.with_resources(tune.with_parameters(_trial, made=made, run=run, mark=mark), places),
             param_space={"trial": tune.grid_search([{"number": t.number, **t.values} for t in made])},
             tune_config=tune.TuneConfig(
                 metric="validation",
@@ -102,7 +109,11 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run) -> list[Out
                 max_concurrent_trials=settings.concurrent_trials or None,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(settings.output.absolute()), verbose=0, callbacks=[_Told(made)]
+                name="tune",
+                storage_path=str(settings.output.absolute()),
+                failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+                callbacks=[_Told(made)],
+                verbose=0,
             ),
         )
         with redirect_stdout(sys.stderr):  # what Tune tells meanwhile; standard output is the report's
@@ -128,22 +139,23 @@ class _Told(tune.Callback):
         self._tell(trial, "failed")
 
     def _train(self, trial: Any) -> TrainSettings:
-        return self._made[trial.config["trial"]["number"]].settings
+        number: int = trial.config["trial"]["number"]
+        return self._made[number].settings
 
     def _tell(self, trial: Any, what: str) -> None:
         print(f"{self._train(trial).job}: {what}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _trial(config: dict[str, Any], *, made: list[Trial], run: Run) -> None:
+def _trial(config: dict[str, Any], *, made: list[Trial], run: Run, mark: str) -> None:
     trial = made[config["trial"]["number"]]
     distinct = Distinct()
 
-    def on_step(_step: int, _steps: int, _loss: float, b: Distilled) -> None:
+    def on_step(step: int, _steps: int, _loss: float, b: Distilled) -> None:
         if not trial.mixes:
-            distinct.add(b)
+            distinct.add(step, b)
 
     def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
-        alone = progress.asked if trial.mixes else len(distinct)
+        alone = progress.asked if trial.mixes else distinct.known
         validation, test = split_accuracy(progress.accuracy, student, data)
         told = {"epoch": progress.epoch, "validation": validation, "test": test, "alone": alone}
         tune.report(told | {"progress": asdict(progress)})  # last: ASHA may end the trial here

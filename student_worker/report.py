@@ -45,10 +45,13 @@ def noise(accuracy: float, items: int) -> float:
 
 
 @contextmanager
-def accuracy_plot(path: Path, title: str, teacher_top1: float, across: str, up: str) -> Iterator[Axes]:
+def accuracy_plot(
+    path: Path, title: str, teacher_top1: float, *, across: str, up: str, legend_below: bool = False
+) -> Iterator[Axes]:
     """Axes to draw accuracies (%) on, against samples; written to `path` when left.
 
-    `across` and `up` label them; `teacher_top1`, 0..1, is a line where it is known, so not 0.
+    `across` and `up` label them; `teacher_top1`, 0..1, is a line where it is known, so not 0. `legend_below`: the
+    legend has a place of its own, where its lines are long or many.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -61,7 +64,10 @@ def accuracy_plot(path: Path, title: str, teacher_top1: float, across: str, up: 
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    if legend_below:
+        figure.legend(loc="outside lower left", frameon=False)
+    else:
+        axes.legend(loc="lower right", frameon=False)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     figure.savefig(path, dpi=150)

@@ -48,11 +48,12 @@ def trials(settings: SweepSettings) -> list[Trial]:
         shared[name] = shared[name] and shared[name].absolute()
     if settings.device == "auto" and not settings.gpus_per_trial:
         shared["device"] = "cpu"
+    always: dict[str, Any] = {"config": None, "token": None, "overwrite": False, "resume": settings.max_failures > 0}
     made = []
     for number, values in enumerate(points(settings.space, settings.trials, settings.space_seed)):
         own = {"job": f"{settings.job}-{number:04d}", "output": shared["output"] / f"trial-{number:04d}"}
         try:
-            train = TrainSettings(**shared | values | own | {"config": None, "token": None})
+            train = TrainSettings(**shared | values | own | always)
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))
@@ -69,11 +70,16 @@ class Distinct:
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._began: int | None = None
 
-    def __len__(self) -> int:
-        return len(self._seen)
+    @property
+    def known(self) -> int | None:
+        """None where the trial was resumed: what it had asked about before is not known."""
+        return len(self._seen) if self._began in (None, 1) else None
 
-    def add(self, b: Distilled) -> None:
+    def add(self, step: int, b: Distilled) -> None:
+        """`step`: the batch's, from 1."""
+        self._began = self._began or step
         if b.source:  # else it was learnt from labels alone
             for row in b.x.detach().contiguous().cpu().numpy():
                 digest = blake3(row.tobytes()).digest(length=_DIGEST_BYTES)

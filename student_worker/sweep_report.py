@@ -175,8 +175,8 @@ class SweepReport:
             )
         if any(trial.mixes for trial in asking):
             remarks.append(f"Of the trials that mix, sharing saved 0: {why}.")
-        if any(self._outcomes[trial.number].error for trial in asking):
-            remarks.append("What sharing saved leaves out the trials that failed; the spend does not.")
+        if len(self._sharing()) < sum(not trial.mixes for trial in asking):
+            remarks.append("What sharing saved leaves out trials that failed or were resumed; the spend does not.")
         return remarks
 
     def _about_spend(self) -> list[str]:
@@ -258,7 +258,9 @@ class SweepReport:
     def _plot(self) -> None:
         title = f"{self._settings.dataset}, {len(self._trials)} trials; hollow: asked, filled: computed for it"
         across, up = "samples of the teacher (thousands)", "student's accuracy on the test half, last epoch (%)"
-        with accuracy_plot(self._settings.output / "plot.png", title, self._teacher_top1(), across, up) as axes:
+        with accuracy_plot(
+            self._settings.output / "plot.png", title, self._teacher_top1(), across=across, up=up, legend_below=True
+        ) as axes:
             for trial, outcome, spent in zip(self._trials, self._outcomes, self._spent, strict=True):
                 if outcome.test is None:
                     continue

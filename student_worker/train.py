@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import numpy as np
@@ -13,6 +13,7 @@ from student_worker.config import TrainSettings
 from student_worker.data import Dataset, Labels, Pixels, load
 from student_worker.lessons import Lessons, known_labels
 from student_worker.models import build
+from student_worker.state import Run, State
 from student_worker.unix import Distilled, Teacher
 
 
@@ -41,7 +42,7 @@ class Progress:
     """Samples since the run began; `learnt` likewise."""
     learnt: int
     seconds: float
-    """Since the run began."""
+    """Of training, without the time between a run's end and its resumption."""
     budget_spent: str = ""
     """What the server said when the teacher's budget was spent; empty while it is not."""
 
@@ -55,8 +56,11 @@ def train(
     teacher: Teacher | None,
     *,
     budget_spent: str = "",
+    fingerprint: str = "",
+    resumed: State | None = None,
     on_step: OnStep = lambda *_: None,
     on_epoch: OnEpoch = lambda *_: None,
+    on_checkpoint: Callable[[State], None] = lambda _: None,
 ) -> Progress:
     """One run; returns where it ended. `teacher` may be None for the methods that need none.
 
@@ -65,7 +69,15 @@ def train(
     is known before. `on_step` gets the step's number, of how many, its loss and what was learnt from; `on_epoch` the
     progress, student and data. Raises what the data, the student's factory and the teacher raise, and ValueError for
     settings that do not fit.
+
+    `on_checkpoint` gets the run's state before its first step, every `settings.checkpoint_steps` steps and after each
+    epoch that was learnt whole. `resumed` is such a state: the run goes on from there as if it had never stopped, if
+    the settings are the same and the teacher gives the same answers (AnswerLog sees to those that were given before).
+    A run that ended in any other way than with its last epoch, a spent budget among them, is resumed from its last
+    state. `fingerprint`, the teacher's, is kept in the state.
     """
+    if resumed and resumed.finished:
+        return Progress(**resumed.progress)
     began = perf_counter()
     torch.manual_seed(settings.seed)
     if settings.threads:
@@ -86,25 +98,33 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=steps, pct_start=0.2, cycle_momentum=False
     )
-    for epoch in range(settings.epochs):
+    run = Run(settings, fingerprint, student, optimizer, schedule, lessons)
+    if resumed:
+        began -= run.restore(resumed)
+    else:
+        on_checkpoint(run.state(perf_counter() - began))
+    for epoch in range(run.epoch, settings.epochs):
         student.train()
-        losses = []
-        with closing(lessons.epoch(epoch, student)) as batches:
+        with closing(lessons.epoch(epoch, student, first=len(run.losses))) as batches:
             for b in batches:
                 loss = lessons.criterion(student(b.x), b)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.item())
-                if not np.isfinite(losses[-1]):
-                    raise FloatingPointError(f"the loss is {losses[-1]} at step {lessons.steps}; lower --learning-rate")
-                on_step(lessons.steps, steps, losses[-1], b)
+                run.losses.append(loss.item())
+                if not np.isfinite(run.losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss is {run.losses[-1]} at step {lessons.steps}; lower --learning-rate"
+                    )
+                on_step(lessons.steps, steps, run.losses[-1], b)
+                if run.due():
+                    on_checkpoint(run.state(perf_counter() - began))
         progress = Progress(
             epoch=epoch + 1,
             steps=lessons.steps,
             of_steps=steps,
-            loss=float(np.mean(losses)) if losses else None,
+            loss=float(np.mean(run.losses)) if run.losses else None,
             accuracy=accuracy(student, normalised, data.test_x, data.test_y, device),
             taught=lessons.taught,
             asked=lessons.asked,
@@ -119,6 +139,8 @@ def train(
         on_epoch(progress, student, data)
         if lessons.over:
             break
+        run.end_epoch(asdict(progress))
+        on_checkpoint(run.state(progress.seconds))
     return progress
 
 

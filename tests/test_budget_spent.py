@@ -199,7 +199,7 @@ def command(tmp_path, monkeypatch):
 
     def run(check, run, *options, name="train"):
         purses = {"poor-check": Poor(check)}
-        monkeypatch.setattr(commands, "_client", lambda _, job: purses.setdefault(job, Poor(run)))
+        monkeypatch.setattr(commands, "_client", lambda _, job, *__: purses.setdefault(job, Poor(run)))
         fixed = ["--dataset", "digits", "--student", "cnn-tiny", "--epochs", "2", "--job", "poor"]
         return main([name, *fixed, "--output", str(tmp_path), *options])
 
@@ -214,7 +214,8 @@ def test_stopping_is_exit_status_3_with_a_checkpoint_and_one_line(command, tmp_p
     told = capsys.readouterr()
     (line,) = [line for line in told.err.splitlines() if "budget is spent" in line]
     assert line == (
-        f"poor: stopped after 30 of 46 steps, checkpoint in {tmp_path / 'epoch-0002.safetensors'}; "
+        f"poor: stopped after 30 of 46 steps, checkpoint in {tmp_path / 'epoch-0002.safetensors'}, "
+        f"and --resume goes on once there is budget; "
         f"the teacher's budget is spent: {WORDS}"
     )
     assert "Traceback" not in told.err

@@ -168,7 +168,8 @@ def test_train_writes_checkpoints_metrics_and_events(teacher, tmp_path, capsys):
     assert "cli (unix): test accuracy" in told.out
     assert "cli: epoch 2/2" in told.err
     names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("events"))
-    assert names == [f"epoch-000{e}.{kind}" for e in (1, 2) for kind in ("json", "safetensors")]
+    epochs = [f"epoch-000{e}.{kind}" for e in (1, 2) for kind in ("json", "safetensors")]
+    assert names == ["answers.log", *epochs, "state.pt"]
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
