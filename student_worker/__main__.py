@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from protos.settings import Command, run_command
-from student_worker.config import CheckSettings, CompareSettings, SweepSettings, TrainSettings
+from student_worker.config import CheckSettings, CompareSettings, TrainSettings
+from student_worker.sweep_settings import SweepSettings
 
 
 def _runs(name: str) -> Callable[[Any], int]:

@@ -19,7 +19,6 @@ from student_worker.config import (
     CHECKED_SAMPLES,
     CheckSettings,
     CompareSettings,
-    SweepSettings,
     TeacherConfig,
     TrainSettings,
 )
@@ -27,6 +26,7 @@ from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
 from student_worker.state import State, load_state, save_state, state_path
+from student_worker.sweep_settings import SweepSettings
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
 

@@ -18,10 +18,11 @@ from torch import nn
 
 from protos import teacher_pb2 as pb
 from student_worker.client import TeacherClient
-from student_worker.config import SweepSettings, TrainSettings
+from student_worker.config import TrainSettings
 from student_worker.data import Dataset, load
-from student_worker.sweep import Distinct, Trial, split_accuracy, trials
-from student_worker.sweep_report import Books, Outcome, SweepReport
+from student_worker.sweep import Distinct, Outcome, Trial, split_accuracy, trials
+from student_worker.sweep_report import Books, SweepReport
+from student_worker.sweep_settings import SweepSettings
 from student_worker.train import OnEpoch, OnStep, Progress
 from student_worker.unix import Distilled
 
@@ -43,7 +44,9 @@ def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> t
     files in the output folder, before any trial begins.
     """
     made = trials(settings)
-    earlier = [path for path in (settings.output / "report.json", *settings.output.glob("trial-*")) if path.exists()]
+    earlier = [
+        path for path in (settings.output / "report.json", *settings.output.glob("trial-[0-9]*")) if path.exists()
+    ]
     if earlier and not settings.overwrite:
         raise ValueError(
             f"output: {settings.output} holds another sweep's files; give another --output, or --overwrite"
@@ -76,7 +79,7 @@ def _spent(
     while True:
         books = Books(teacher.spend("").lines if teacher else ())
         spent = [books.since(before, trial.settings.job) for trial in made]
-        late = any(o.progress and o.progress.asked > s["asked"] for o, s in zip(outcomes, spent, strict=True))
+        late = any(outcome.answered > booked["asked"] for outcome, booked in zip(outcomes, spent, strict=True))
         if not late or monotonic() > end:
             return spent
         sleep(_POLL_SECONDS)
@@ -148,7 +151,9 @@ class _Told(tune.Callback):
 
 def _trial(config: dict[str, Any], *, made: list[Trial], run: Run, mark: str) -> None:
     trial = made[config["trial"]["number"]]
-    distinct = Distinct()
+    folder, distinct = trial.settings.output, Distinct()
+    if not (folder / _MARK).is_file() or (folder / _MARK).read_text() != mark:
+        raise ValueError(f"output: {folder} is not there on {gethostname()}; give an --output that all nodes share")
 
     def on_step(step: int, _steps: int, _loss: float, b: Distilled) -> None:
         if not trial.mixes:

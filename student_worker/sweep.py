@@ -9,10 +9,11 @@ from blake3 import blake3
 from pydantic import ValidationError
 from torch import nn
 
-from student_worker.config import SweepSettings, TrainSettings
+from student_worker.config import TrainSettings
 from student_worker.data import Dataset, epoch_order
 from student_worker.space import points
-from student_worker.train import accuracy, normaliser
+from student_worker.sweep_settings import SweepSettings
+from student_worker.train import Progress, accuracy, normaliser
 from student_worker.unix import Distilled
 
 _DIGEST_BYTES = 8  # two of 100 million samples are taken for one with a probability of 0.03 %
@@ -60,6 +61,37 @@ def trials(settings: SweepSettings) -> list[Trial]:
             raise ValueError(f"space: {field}: {problem['msg']}, got {problem['input']!r} (--space)") from None
         made.append(Trial(number, values, train))
     return made
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial, as it said itself at the end of its last epoch; all None where none ended."""
+
+    progress: Progress | None = None
+    validation: float | None = None
+    """Accuracy, 0..1, on the half of the test items that trials are chosen by; `test` on the other half."""
+    test: float | None = None
+    alone: int | None = None
+    """Answers that it would have had computed with a cache for itself: the different samples it asked about."""
+    error: str = ""
+    ended: bool = False
+    """Ended by itself or by ASHA, and not since the sweep was interrupted."""
+
+    @property
+    def answered(self) -> int:
+        """Samples that it had answers for."""
+        return self.progress.computed + self.progress.cached + self.progress.coalesced if self.progress else 0
+
+    def status(self, settings: SweepSettings, epochs: int) -> str:
+        if self.error:
+            return "failed"
+        if self.progress is None:
+            return "unfinished"
+        if self.progress.budget_spent:
+            return "budget spent" if settings.on_budget_spent == "stop" else "finished on labels"
+        if self.progress.epoch < epochs:
+            return "pruned" if settings.asha and self.ended else "unfinished"
+        return "finished"
 
 
 class Distinct:

@@ -3,43 +3,15 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from protos import teacher_pb2 as pb
-from student_worker.config import SweepSettings
 from student_worker.data import Dataset
 from student_worker.report import accuracy_plot, noise, origin, text_table
-from student_worker.sweep import Trial, halves
-from student_worker.train import Progress
+from student_worker.sweep import Outcome, Trial, halves
+from student_worker.sweep_settings import SweepSettings
 
 COUNTS = ("asked", "computed", "cached", "coalesced")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trial, as it said itself at the end of its last epoch; all None where none ended."""
-
-    progress: Progress | None = None
-    validation: float | None = None
-    """Accuracy, 0..1, on the half of the test items that trials are chosen by; `test` on the other half."""
-    test: float | None = None
-    alone: int | None = None
-    """Answers that it would have had computed with a cache for itself: the different samples it asked about."""
-    error: str = ""
-    ended: bool = False
-    """Ended by itself or by ASHA, and not since the sweep was interrupted."""
-
-    def status(self, settings: SweepSettings, epochs: int) -> str:
-        if self.error:
-            return "failed"
-        if self.progress is None:
-            return "unfinished"
-        if self.progress.budget_spent:
-            return "budget spent" if settings.on_budget_spent == "stop" else "finished on labels"
-        if self.progress.epoch < epochs:
-            return "pruned" if settings.asha and self.ended else "unfinished"
-        return "finished"
 
 
 class Books:
@@ -192,10 +164,10 @@ class SweepReport:
             said += f", {money}"
         remarks = [f"{said}."]
         for trial, outcome, spent in zip(self._trials, self._outcomes, self._spent, strict=True):
-            if outcome.progress and spent["asked"] < outcome.progress.asked:
+            if spent["asked"] < outcome.answered:
                 remarks.append(
-                    f"The ledger has {spent['asked']:,} samples asked by job {trial.settings.job}, which asked "
-                    f"{outcome.progress.asked:,}: another replica's books are late."
+                    f"The ledger has {spent['asked']:,} samples asked by job {trial.settings.job}, which had "
+                    f"{outcome.answered:,} answered: another replica's books are late."
                 )
         return remarks
 
