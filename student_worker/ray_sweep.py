@@ -110,6 +110,8 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run, mark: str) 
                 mode="max",
                 scheduler=scheduler,
                 max_concurrent_trials=settings.concurrent_trials or None,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -126,6 +128,10 @@ def run_trials(settings: SweepSettings, made: list[Trial], run: Run, mark: str) 
         ray.shutdown()
     outcomes = {result.config["trial"]["number"]: _outcome(result) for result in found if result.config}
     return [outcomes.get(trial.number, Outcome()) for trial in made]
+
+
+def _name(trial: Any) -> str:
+    return f"trial-{trial.config['trial']['number']:04d}"
 
 
 class _Told(tune.Callback):
