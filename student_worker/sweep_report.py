@@ -148,7 +148,9 @@ class SweepReport:
         if any(trial.mixes for trial in asking):
             remarks.append(f"Of the trials that mix, sharing saved 0: {why}.")
         if len(self._sharing()) < sum(not trial.mixes for trial in asking):
-            remarks.append("What sharing saved leaves out trials that failed or were resumed; the spend does not.")
+            remarks.append(
+                "What sharing saved leaves out trials that failed, were resumed or did not end; the spend does not."
+            )
         return remarks
 
     def _about_spend(self) -> list[str]:
@@ -175,8 +177,8 @@ class SweepReport:
         """The trials whose questions may come again, of which it is known what they asked."""
         return [
             trial
-            for trial, outcome in zip(self._trials, self._outcomes, strict=True)
-            if trial.asks and not trial.mixes and outcome.alone is not None and not outcome.error
+            for trial, outcome, status in zip(self._trials, self._outcomes, self.statuses, strict=True)
+            if trial.asks and not trial.mixes and outcome.alone is not None and status not in ("failed", "unfinished")
         ]
 
     def _alone(self) -> int:

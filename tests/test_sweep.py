@@ -283,7 +283,8 @@ def test_trials_that_did_not_end_as_the_others_are_marked(tmp_path):
     assert "ASHA ended 1 trials early, by validation" in text
     assert "Trial 2 failed: ValueError: no such student" in text
     assert "Trial 5 failed: OutOfMemoryError: killed" in text
-    assert "What sharing saved leaves out trials that failed or were resumed; the spend does not." in text
+    assert "What sharing saved leaves out trials that failed, were resumed or did not end; the spend does not." in text
+    assert "Sharing saved 11,700 answers: of 15,000 asked about" in text
     assert written["total"]["computed"] == 700
     labels, _, _ = report(tmp_path, [outcome(budget_spent="all")], lines, on_budget_spent="hard-labels")
     assert labels.statuses == ["finished on labels"]
