@@ -99,12 +99,10 @@ def sweep_command(settings: SweepSettings) -> int:
         if any(trial.asks for trial in trials(settings)):
             _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
             teacher = stack.enter_context(_client(settings, settings.job))
-        text, statuses = sweep(settings, _trial, teacher)
+        text, status = sweep(settings, _trial, teacher)
     print(text)  # noqa: T201
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
-    if "failed" in statuses or "unfinished" in statuses:
-        return 1
-    return _BUDGET_SPENT if "budget spent" in statuses else 0
+    return status
 
 
 def _trial(settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None:

@@ -37,8 +37,8 @@ class Run(Protocol):
     def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None: ...
 
 
-def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> tuple[str, list[str]]:
-    """Runs all trials of a sweep and writes its report; the report's text, and each trial's status.
+def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> tuple[str, int]:
+    """Runs all trials of a sweep and writes its report; the report's text, and the exit status.
 
     `teacher` may be None where no trial has one. Raises ValueError for a trial that cannot be, and for another sweep's
     files in the output folder, before any trial begins.
@@ -68,7 +68,7 @@ def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> t
         teacher=teacher.describe() if teacher else pb.TeacherDescription(),
         data=load(settings.dataset, settings.data_directory),
     )
-    return report.write(), report.statuses
+    return report.write(), report.exit_status
 
 
 def _spent(

@@ -11,6 +11,7 @@ from student_worker.report import accuracy_plot, noise, origin, text_table
 from student_worker.sweep import Outcome, Trial, halves
 from student_worker.sweep_settings import SweepSettings
 
+BUDGET_SPENT = 3  # as train's
 COUNTS = ("asked", "computed", "cached", "coalesced")
 
 
@@ -51,6 +52,13 @@ class SweepReport:
         self.statuses = [
             outcome.status(settings, trial.settings.epochs) for trial, outcome in zip(trials, outcomes, strict=True)
         ]
+
+    @property
+    def exit_status(self) -> int:
+        """0: all trials ended. 1: one failed, or was interrupted. 3: none did, but one's budget was spent."""
+        if "failed" in self.statuses or "unfinished" in self.statuses:
+            return 1
+        return BUDGET_SPENT if "budget spent" in self.statuses else 0
 
     def write(self) -> str:
         """Writes the files; returns table and remarks."""

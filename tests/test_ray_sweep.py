@@ -10,6 +10,7 @@ from student_worker import TeacherClient
 from student_worker.__main__ import main
 from student_worker.data import load
 from teacher_server.tokens import add_token, new_token
+from tests.asking import put
 from tests.ray_cluster import ROOT, ray_cluster
 from tests.serving import serving
 
@@ -26,12 +27,13 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def token(tmp_path_factory):
-    """(the token itself, its file for students, the tokens file of the server)."""
+    """(the token itself, its file for students, the tokens file of the server, an admin's token)."""
     folder = tmp_path_factory.mktemp("tokens")
-    secret, line = new_token("red")
+    (secret, line), (admin, other) = new_token("red"), new_token("boss", "admin")
     add_token(folder / "tokens", line)
+    add_token(folder / "tokens", other)
     (folder / "token").write_text(f"{secret}\n")
-    return secret, folder / "token", folder / "tokens"
+    return secret, folder / "token", folder / "tokens", admin
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +119,18 @@ def test_four_students_together_have_each_view_computed_once(sweep, teacher, tok
 
 
 def test_what_is_mixed_afresh_is_not_shared_and_no_trial_ends_another(sweep, teacher, token, tmp_path):
-    """UNIX as published: one trial as it is, one that cannot be, one whose process is killed and goes on."""
+    """UNIX as published: as it is; what cannot be; a process that is killed and goes on; a budget that is too small."""
+    put(teacher, "/v1/budgets/red/jobs/mixed-0003", token=token[3], unit="samples", limit=500)
     killed = {"marker": str(tmp_path / "killed"), "at": 60}  # in the second of three epochs: two passes a step
     space = [
         {"seed": 0},
         {"student": "tests.sweeping:nobody"},
         {"student": "tests.sweeping:Killed", "student_arguments": killed},
+        {"seed": 1},
     ]
     status, out, err, report = sweep("mixed", space, "--epochs", "3", "--depth", "0", "--max-failures", "1")
     assert status == 1
-    assert [trial["status"] for trial in report["trials"]] == ["finished", "failed", "finished"], err
+    assert [trial["status"] for trial in report["trials"]] == ["finished", "failed", "finished", "budget spent"], err
     assert (tmp_path / "killed").exists()
     assert "nobody" in report["trials"][1]["error"]
     assert "Trial 1 failed:" in out
@@ -134,6 +138,8 @@ def test_what_is_mixed_afresh_is_not_shared_and_no_trial_ends_another(sweep, tea
         line = spend(teacher, token, f"mixed-{number:04d}")
         assert line.computed == line.asked == 3 * (22 * 48 + 22)
         assert report["trials"][number]["epochs"] == 3
+    assert spend(teacher, token, "mixed-0003").computed == report["trials"][3]["steps"] * 48 == 480
+    assert "500 samples in all" in report["trials"][3]["budget_spent"]
     assert report["total"]["saved_by_sharing"] == 0
     assert "Sharing saved 0 answers: a mixed sample is drawn afresh, partner and share" in out
 

@@ -228,6 +228,7 @@ def test_what_sharing_saved_is_what_each_alone_would_have_had_computed_less_what
     lines = [line("s-0000", 5000, 4000, 1000), line("s-0001", 5000, 500, 4400, 100)]
     made, text, written = report(tmp_path, [outcome(), outcome(test=0.92)], lines)
     assert made.statuses == ["finished", "finished"]
+    assert made.exit_status == 0
     assert (
         f"Sharing saved 3,500 answers: of 10,000 asked about, each trial with a cache for itself would have had 8,000 "
         f"computed, together they had 4,500, {4500 / (4 * N):.3f} of the {4 * N:,} in the bank of views; that is "
@@ -286,8 +287,14 @@ def test_trials_that_did_not_end_as_the_others_are_marked(tmp_path):
     assert "What sharing saved leaves out trials that failed, were resumed or did not end; the spend does not." in text
     assert "Sharing saved 11,700 answers: of 15,000 asked about" in text
     assert written["total"]["computed"] == 700
+    assert made.exit_status == 1
+    spent, _, _ = report(tmp_path, [outcomes[0], outcomes[1], outcomes[3]], lines, asha=True)
+    assert spent.exit_status == 3
+    interrupted, _, _ = report(tmp_path, [outcomes[3], outcomes[4]], lines)
+    assert interrupted.exit_status == 1
     labels, _, _ = report(tmp_path, [outcome(budget_spent="all")], lines, on_budget_spent="hard-labels")
     assert labels.statuses == ["finished on labels"]
+    assert labels.exit_status == 0
 
 
 def test_books_that_are_late_are_told(tmp_path):
