@@ -22,7 +22,8 @@ def _runs(name: str) -> Callable[[Any], int]:
         try:
             status: int = getattr(commands, name)(settings) or 0
         except ModuleNotFoundError as error:
-            print(f"student-worker: {error}; Preceptor's [bench] extra brings what compare needs", file=sys.stderr)
+            extra = "ray" if (error.name or "").partition(".")[0] == "ray" else "bench"
+            print(f"student-worker: {error}; Preceptor's [{extra}] extra brings what this needs", file=sys.stderr)
             return 1
         except (TeacherError, DataError, ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
             print(f"student-worker: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
 from student_worker.answer_log import AnswerLog
+from student_worker.books import books, spent_since
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
 from student_worker.client import TeacherClient
@@ -26,6 +28,7 @@ from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
 from student_worker.state import State, load_state, save_state, state_path
+from student_worker.sweep import prepare, refuse_earlier, trials
 from student_worker.sweep_settings import SweepSettings
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
@@ -89,27 +92,40 @@ def compare_command(settings: CompareSettings) -> None:
 
 def sweep_command(settings: SweepSettings) -> int:
     """Exit status 1: a trial failed, or was interrupted; 3: none did, but one was stopped by a spent budget."""
-    from student_worker.ray_sweep import sweep  # noqa: PLC0415 - needs the ray and bench extras
-    from student_worker.sweep import trials  # noqa: PLC0415
+    from student_worker.ray_sweep import run_trials  # noqa: PLC0415 - needs the ray extra
+    from student_worker.sweep_report import SweepReport  # noqa: PLC0415 - needs the bench extra
 
     if settings.token is not None and settings.token_file is None:
         raise ValueError("token: it would have to be sent to the cluster; put it into a file there, for --token-file")
+    made = trials(settings)
+    refuse_earlier(settings)  # told before the teacher is asked anything
     with ExitStack() as stack:
-        teacher = None
-        if any(trial.asks for trial in trials(settings)):
-            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+        teacher, description = None, pb.TeacherDescription()
+        if any(trial.asks for trial in made):
             teacher = stack.enter_context(_client(settings, settings.job))
-        text, status = sweep(settings, _trial, teacher)
-    print(text)  # noqa: T201
+            description = teacher.describe()
+            try:
+                _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            except BudgetSpent as error:
+                if settings.on_budget_spent == "stop":
+                    _tell(f"{settings.job}: no trial was begun, the teacher's budget is spent: {error}")
+                    return _BUDGET_SPENT
+        before = books(teacher)
+        run = partial(_trial, fingerprint=description.fingerprint)
+        outcomes = run_trials(settings, made, run, prepare(settings, made))
+        spent = spent_since(before, made, outcomes, teacher)
+    data = load(settings.dataset, settings.data_directory)
+    report = SweepReport(settings, trials=made, outcomes=outcomes, spent=spent, teacher=description, data=data)
+    print(report.write())  # noqa: T201
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
-    return status
+    return report.exit_status
 
 
-def _trial(settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None:
+def _trial(settings: TrainSettings, *, fingerprint: str, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None:
     """One run of a sweep; it goes on where an earlier attempt of the same sweep was killed."""
     resumed = _resumed(settings) if settings.resume else None
     if not (resumed and resumed.finished):
-        _run(settings, "", resumed, also_on_step=also_on_step, also_on_epoch=also_on_epoch)
+        _run(settings, "", resumed, fingerprint=fingerprint, also_on_step=also_on_step, also_on_epoch=also_on_epoch)
 
 
 def _check(
@@ -196,20 +212,23 @@ def _run(
     budget_spent: str = "",
     resumed: State | None = None,
     *,
+    fingerprint: str = "",
     also_on_step: OnStep = lambda *_: None,
     also_on_epoch: OnEpoch = lambda *_: None,
 ) -> Progress:
     """One training run with its checkpoints, its event files and a progress bar on standard error.
 
+    `fingerprint` is the teacher's, where it may be no other; a resumed run stays with the one it began with.
     `also_on_step` and `also_on_epoch` are called as train calls what it is given, when all else is done.
     """
     for path in _earlier_files(settings, resumed):
         path.unlink()
     with ExitStack() as stack:
-        answers, fingerprint = None, ""
+        answers = None
         if not settings.method.startswith("hard"):
-            client = stack.enter_context(_client(settings, settings.job, resumed.fingerprint if resumed else ""))
-            fingerprint = resumed.fingerprint if resumed else client.describe().fingerprint
+            fingerprint = resumed.fingerprint if resumed else fingerprint
+            client = stack.enter_context(_client(settings, settings.job, fingerprint))
+            fingerprint = fingerprint or client.describe().fingerprint
             answers = stack.enter_context(AnswerLog(client, _answers_path(settings)))
         # disable=None: a bar on a terminal, a line an epoch in a log.
         bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))

@@ -1,14 +1,10 @@
 """A sweep's trials on a Ray cluster, by Ray Tune: it places them, counts their failures, and ends those that lag."""
 
 import logging
-import secrets
-import shutil
 import sys
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from socket import gethostname
-from time import monotonic, sleep
 from typing import Any, Protocol
 
 import ray
@@ -16,19 +12,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from torch import nn
 
-from protos import teacher_pb2 as pb
-from student_worker.client import TeacherClient
 from student_worker.config import TrainSettings
-from student_worker.data import Dataset, load
-from student_worker.sweep import Distinct, Outcome, Trial, split_accuracy, trials
-from student_worker.sweep_report import Books, SweepReport
+from student_worker.data import Dataset
+from student_worker.sweep import MARK, Distinct, Outcome, Trial, split_accuracy
 from student_worker.sweep_settings import SweepSettings
 from student_worker.train import OnEpoch, OnStep, Progress
 from student_worker.unix import Distilled
-
-_MARK = "sweep"  # a file that says whose folder it is
-_LATE_SECONDS = 10.0
-_POLL_SECONDS = 0.5
 
 
 class Run(Protocol):
@@ -37,58 +26,11 @@ class Run(Protocol):
     def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None: ...
 
 
-def sweep(settings: SweepSettings, run: Run, teacher: TeacherClient | None) -> tuple[str, int]:
-    """Runs all trials of a sweep and writes its report; the report's text, and the exit status.
-
-    `teacher` may be None where no trial has one. Raises ValueError for a trial that cannot be, and for another sweep's
-    files in the output folder, before any trial begins.
-    """
-    made = trials(settings)
-    earlier = [
-        path for path in (settings.output / "report.json", *settings.output.glob("trial-[0-9]*")) if path.exists()
-    ]
-    if earlier and not settings.overwrite:
-        raise ValueError(
-            f"output: {settings.output} holds another sweep's files; give another --output, or --overwrite"
-        )
-    for path in (*earlier, settings.output / "tune"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    mark = secrets.token_hex(8)
-    for trial in made:
-        trial.settings.output.mkdir(parents=True)
-        (trial.settings.output / _MARK).write_text(mark)
-    before = Books(teacher.spend("").lines if teacher else ())
-    outcomes = run_trials(settings, made, run, mark)
-    spent = _spent(made, outcomes, before, teacher)
-    report = SweepReport(
-        settings,
-        trials=made,
-        outcomes=outcomes,
-        spent=spent,
-        teacher=teacher.describe() if teacher else pb.TeacherDescription(),
-        data=load(settings.dataset, settings.data_directory),
-    )
-    return report.write(), report.exit_status
-
-
-def _spent(
-    made: list[Trial], outcomes: list[Outcome], before: Books, teacher: TeacherClient | None
-) -> list[Counter[str]]:
-    """What the ledger booked to each trial since `before`; other replicas may need a moment to post their books."""
-    end = monotonic() + _LATE_SECONDS
-    while True:
-        books = Books(teacher.spend("").lines if teacher else ())
-        spent = [books.since(before, trial.settings.job) for trial in made]
-        late = any(outcome.answered > booked["asked"] for outcome, booked in zip(outcomes, spent, strict=True))
-        if not late or monotonic() > end:
-            return spent
-        sleep(_POLL_SECONDS)
-
-
 def run_trials(settings: SweepSettings, made: list[Trial], run: Run, mark: str) -> list[Outcome]:
     """Runs each trial in a process of the cluster; what became of each, in their order.
 
-    A trial that fails ends no other. `run` must be a function of a module that the nodes can import.
+    A trial that fails ends no other. `run` must be a function of a module that the nodes can import. `mark` is what
+    `prepare` wrote into the trials' folders.
     """
     scheduler = None
     if settings.asha:
@@ -158,7 +100,7 @@ class _Told(tune.Callback):
 def _trial(config: dict[str, Any], *, made: list[Trial], run: Run, mark: str) -> None:
     trial = made[config["trial"]["number"]]
     folder, distinct = trial.settings.output, Distinct()
-    if not (folder / _MARK).is_file() or (folder / _MARK).read_text() != mark:
+    if not (folder / MARK).is_file() or (folder / MARK).read_text() != mark:
         raise ValueError(f"output: {folder} is not there on {gethostname()}; give an --output that all nodes share")
 
     def on_step(step: int, _steps: int, _loss: float, b: Distilled) -> None:

@@ -1,5 +1,7 @@
 """A sweep's trials: what each is made of, and what it finds out while it trains; ray_sweep.py says where they run."""
 
+import secrets
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from student_worker.sweep_settings import SweepSettings
 from student_worker.train import Progress, accuracy, normaliser
 from student_worker.unix import Distilled
 
+MARK = "sweep"  # a file in a trial's folder that says whose folder it is
 _DIGEST_BYTES = 8  # two of 100 million samples are taken for one with a probability of 0.03 %
 
 
@@ -61,6 +64,31 @@ def trials(settings: SweepSettings) -> list[Trial]:
             raise ValueError(f"space: {field}: {problem['msg']}, got {problem['input']!r} (--space)") from None
         made.append(Trial(number, values, train))
     return made
+
+
+def refuse_earlier(settings: SweepSettings) -> None:
+    """Raises ValueError for another sweep's files in the output folder, unless they may be overwritten."""
+    output = settings.output
+    found = [path for path in (*output.glob("trial-[0-9]*/*"), *output.glob("report.json")) if path.name != MARK]
+    if found and not settings.overwrite:
+        raise ValueError(f"output: {output} holds another sweep's files; give another --output, or --overwrite")
+
+
+def prepare(settings: SweepSettings, made: Sequence[Trial]) -> str:
+    """Makes the trials' folders anew, and leaves a mark in each, by which a trial knows it for its own; the mark.
+
+    Raises ValueError as `refuse_earlier`.
+    """
+    refuse_earlier(settings)
+    (settings.output / "report.json").unlink(missing_ok=True)
+    for path in (*settings.output.glob("trial-[0-9]*"), settings.output / "tune"):
+        if path.exists():
+            shutil.rmtree(path)
+    mark = secrets.token_hex(8)
+    for trial in made:
+        trial.settings.output.mkdir(parents=True)
+        (trial.settings.output / MARK).write_text(mark)
+    return mark
 
 
 @dataclass(frozen=True)

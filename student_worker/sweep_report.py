@@ -2,34 +2,17 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from protos import teacher_pb2 as pb
+from student_worker.books import COUNTS
 from student_worker.data import Dataset
 from student_worker.report import accuracy_plot, noise, origin, text_table
 from student_worker.sweep import Outcome, Trial, halves
 from student_worker.sweep_settings import SweepSettings
 
 BUDGET_SPENT = 3  # as train's
-COUNTS = ("asked", "computed", "cached", "coalesced")
-
-
-class Books:
-    """What the ledger says of each job, from which an earlier state can be taken away."""
-
-    def __init__(self, lines: Iterable[pb.SpendLine] = ()) -> None:
-        self._counts: dict[str, Counter[str]] = {}
-        for line in lines:
-            counts = self._counts.setdefault(line.job, Counter())
-            counts.update({name: int(getattr(line, name)) for name in (*COUNTS, "device_nanoseconds", "flops")})
-            counts[f"nanos {line.currency}"] += line.money_nanos
-
-    def since(self, earlier: "Books", job: str) -> Counter[str]:
-        """COUNTS, `flops`, `device_nanoseconds` and, by currency, `nanos EUR` of what was spent in between."""
-        counts = Counter(self._counts.get(job, Counter()))
-        counts.subtract(earlier._counts.get(job, Counter()))
-        return counts
 
 
 class SweepReport:

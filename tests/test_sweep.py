@@ -1,6 +1,8 @@
 """A sweep without its cluster: what may be swept, what each trial is made of, and what the report says of them."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,15 +13,17 @@ import torch
 from protos import teacher_pb2 as pb
 from student_worker import TeacherClient
 from student_worker.__main__ import main
+from student_worker.books import Books
 from student_worker.data import load
 from student_worker.errors import InvalidQuery
 from student_worker.models import build
-from student_worker.sweep import Distinct, Outcome, halves, split_accuracy, trials
-from student_worker.sweep_report import Books, SweepReport
+from student_worker.sweep import Distinct, Outcome, halves, prepare, refuse_earlier, split_accuracy, trials
+from student_worker.sweep_report import SweepReport
 from student_worker.sweep_settings import SweepSettings
 from student_worker.train import Progress, accuracy, normaliser
 from student_worker.unix import Distilled
 from tests.asking import pixels
+from tests.serving import ROOT
 
 DATA = load("digits")
 N = len(DATA.train_x)
@@ -114,6 +118,33 @@ def test_each_trial_is_a_run_with_its_own_job_and_folder(tmp_path, monkeypatch):
         assert not trial.settings.resume
     assert trials(settings(gpus_per_trial=0.5))[0].settings.device == "auto"
     assert trials(settings(max_failures=1))[0].settings.resume
+
+
+def test_another_sweeps_files_are_neither_mixed_nor_lost(tmp_path):
+    given = settings(output=tmp_path, space={"seed": [0, 1, 2]})
+    first = prepare(given, trials(given))
+    assert prepare(given, trials(given)) != first, "folders in which nothing was trained are nobody's"
+    (tmp_path / "trial-0002" / "epoch-0001.json").touch()
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "trial-notes.md").touch()
+    with pytest.raises(ValueError, match="holds another sweep's files; give another --output, or --overwrite"):
+        refuse_earlier(given)
+    smaller = settings(output=tmp_path, overwrite=True)
+    prepare(smaller, trials(smaller))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trial-0000", "trial-0001", "trial-notes.md"]
+
+
+def test_a_node_that_does_not_see_the_output_says_so(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from student_worker import ray_sweep, sweep, sweep_settings\n"
+        "given = sweep_settings.SweepSettings(space={'seed': [0]}, output=Path(sys.argv[1]))\n"
+        "run_trial = ray_sweep._trial; made = sweep.trials(given); sweep.prepare(given, made)\n"
+        "run_trial({'trial': {'number': 0}}, made=made, run=None, mark='of another sweep')\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"ValueError: output: {tmp_path}/trial-0000 is not there on" in done.stderr
+    assert done.stderr.rstrip().endswith("give an --output that all nodes share")
 
 
 def test_the_halves_of_the_test_items_are_apart_and_add_up():
