@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from student_worker.answer import Answer, Lookup
+    from student_worker.answer_log import AnswerLog
     from student_worker.client import TeacherClient
     from student_worker.unix import Distilled, Unix
 
-__all__ = ["Answer", "Distilled", "Lookup", "TeacherClient", "Unix"]
+__all__ = ["Answer", "AnswerLog", "Distilled", "Lookup", "TeacherClient", "Unix"]
 
-_HOMES = {"Answer": "answer", "Lookup": "answer", "TeacherClient": "client", "Distilled": "unix", "Unix": "unix"}
+_HOMES = {
+    "Answer": "answer", "AnswerLog": "answer_log", "Lookup": "answer", "TeacherClient": "client", "Distilled": "unix",
+    "Unix": "unix",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

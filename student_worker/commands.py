@@ -2,10 +2,12 @@
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, ParamSpec
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +18,7 @@ from student_worker.answer_log import AnswerLog
 from student_worker.books import books, spent_since
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
+from student_worker.checkpoints import KINDS, Checkpoints
 from student_worker.client import TeacherClient
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -27,42 +30,52 @@ from student_worker.config import (
 from student_worker.data import Dataset, load
 from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
-from student_worker.state import State, load_state, save_state, state_path
+from student_worker.ranks import ALONE, Ranks
+from student_worker.state import State, load_state, state_path
 from student_worker.sweep import prepare, refuse_earlier, trials
 from student_worker.sweep_settings import SweepSettings
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
 
+P = ParamSpec("P")
 _BUDGET_SPENT = 3  # exit status
 
 
 def train_command(settings: TrainSettings) -> int:
     """Exit status 3: the run was stopped by a spent budget."""
+    if settings.num_workers:
+        from student_worker.ray_train import on_workers, placed  # noqa: PLC0415 - needs the ray extra
+
+        settings = placed(settings)
     resumed = _resumed(settings) if settings.resume else None
     _earlier_files(settings, resumed)  # told before the teacher is asked anything
-    spent = ""
+    spent = fingerprint = ""
     if not (resumed or settings.method.startswith("hard")):
         try:
-            _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            fingerprint = _check(settings, f"{settings.job}-check", CHECKED_SAMPLES).fingerprint
         except BudgetSpent as error:
             spent = str(error)
     stopping = settings.on_budget_spent == "stop"
     if spent and stopping:
-        _tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
+        tell(f"{settings.job}: no step was taken, the teacher's budget is spent: {spent}")
         return _BUDGET_SPENT
     if spent:
-        _tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
+        tell(f"{settings.job}: goes on with the labels alone from the first step, the budget is spent: {spent}")
     # A run that has ended needs no teacher, and none of its files is touched.
-    progress = (
-        train(settings, None, resumed=resumed) if resumed and resumed.finished else _run(settings, spent, resumed)
-    )
+    if resumed and resumed.finished:
+        progress = train(settings, None, resumed=resumed)
+    elif settings.num_workers:
+        _clear(settings, resumed)
+        progress = on_workers(settings, spent, resumed.fingerprint if resumed else fingerprint)
+    else:
+        progress = _run(settings, spent, resumed)
     print(  # noqa: T201
         f"{settings.job} ({settings.method}): test accuracy {progress.accuracy:.2%} after {progress.steps} steps, "
         f"{progress.asked} samples asked, {progress.seconds:.1f} s; checkpoints in {settings.output}"
     )
     if not progress.budget_spent:
         return 0
-    _tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
+    tell(f"{settings.job}: {_ended(progress, settings)}; the teacher's budget is spent: {progress.budget_spent}")
     return _BUDGET_SPENT if stopping else 0
 
 
@@ -74,8 +87,10 @@ def _ended(progress: Progress, settings: TrainSettings) -> str:
     return f"learnt from the labels alone from step {progress.taught + 1} of {progress.of_steps} on"
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def tell(line: str) -> None:
+    """On standard error. Not by print, which Ray Train replaces by one that says everything twice."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def check_command(settings: CheckSettings) -> None:
@@ -108,11 +123,11 @@ def sweep_command(settings: SweepSettings) -> int:
                 _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
             except BudgetSpent as error:
                 if settings.on_budget_spent == "stop":
-                    _tell(f"{settings.job}: no trial was begun, the teacher's budget is spent: {error}")
+                    tell(f"{settings.job}: no trial was begun, the teacher's budget is spent: {error}")
                     return _BUDGET_SPENT
         before = books(teacher)
-        run = partial(_trial, fingerprint=description.fingerprint)
-        outcomes = run_trials(settings, made, run, prepare(settings, made))
+        mark, run_trial = prepare(settings, made), partial(_trial, fingerprint=description.fingerprint)
+        outcomes = run_trials(settings, made, run_trial, mark)
         spent = spent_since(before, made, outcomes, teacher)
     data = load(settings.dataset, settings.data_directory)
     report = SweepReport(settings, trials=made, outcomes=outcomes, spent=spent, teacher=description, data=data)
@@ -121,11 +136,13 @@ def sweep_command(settings: SweepSettings) -> int:
     return report.exit_status
 
 
-def _trial(settings: TrainSettings, *, fingerprint: str, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None:
+def _trial(settings: TrainSettings, *, fingerprint: str, after_step: OnStep, after_epoch: OnEpoch) -> None:
     """One run of a sweep; it goes on where an earlier attempt of the same sweep was killed."""
     resumed = _resumed(settings) if settings.resume else None
-    if not (resumed and resumed.finished):
-        _run(settings, "", resumed, fingerprint=fingerprint, also_on_step=also_on_step, also_on_epoch=also_on_epoch)
+    if resumed and resumed.finished:
+        return
+    _clear(settings, resumed)
+    run(settings, fingerprint=fingerprint, resumed=resumed, after_step=after_step, after_epoch=after_epoch)
 
 
 def _check(
@@ -169,21 +186,17 @@ def _kind(budget: pb.Budget) -> str:
     )
 
 
-def _answers_path(settings: TrainSettings) -> Path:
-    return settings.output / "answers.log"
-
-
 def _resumed(settings: TrainSettings) -> State | None:
     """What is to be gone on with, which is told in any case. Raises ValueError where it does not fit the settings."""
     path = state_path(settings.output)
     if not path.exists():
-        _tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
+        tell(f"{settings.job}: nothing to resume, there is no {path}; begins")
         return None
     state = load_state(path, settings)
     if state.finished:
-        _tell(f"{settings.job}: had ended already, with {state.steps} steps")
+        tell(f"{settings.job}: had ended already, with {state.steps} steps")
     else:
-        _tell(f"{settings.job}: goes on after step {state.steps}")
+        tell(f"{settings.job}: goes on after step {state.steps}")
     return state
 
 
@@ -195,9 +208,10 @@ def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> lis
     """
     if resumed:
         return []
-    kinds = ["state.pt", "epoch-*", "answers.log", "events.out.tfevents.*"]
+    states, answers = KINDS
+    kinds = [states, "epoch-*", answers, "events.out.tfevents.*"]
     if settings.resume and not settings.overwrite:
-        kinds = kinds[:2]  # a run that was killed before its first state left no more, and nothing in it
+        kinds = ["epoch-*"]  # a run that was killed before its first state left none of these, and nothing of use
     earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind))]
     if earlier and not settings.overwrite:
         raise ValueError(
@@ -207,63 +221,46 @@ def _earlier_files(settings: TrainSettings, resumed: State | None = None) -> lis
     return earlier
 
 
-def _run(
-    settings: TrainSettings,
-    budget_spent: str = "",
-    resumed: State | None = None,
-    *,
-    fingerprint: str = "",
-    also_on_step: OnStep = lambda *_: None,
-    also_on_epoch: OnEpoch = lambda *_: None,
-) -> Progress:
-    """One training run with its checkpoints, its event files and a progress bar on standard error.
-
-    `fingerprint` is the teacher's, where it may be no other; a resumed run stays with the one it began with.
-    `also_on_step` and `also_on_epoch` are called as train calls what it is given, when all else is done.
-    """
+def _clear(settings: TrainSettings, resumed: State | None) -> None:
     for path in _earlier_files(settings, resumed):
         path.unlink()
+
+
+def _run(settings: TrainSettings, budget_spent: str = "", resumed: State | None = None) -> Progress:
+    _clear(settings, resumed)
+    return run(settings, budget_spent=budget_spent, resumed=resumed)
+
+
+def run(
+    settings: TrainSettings,
+    *,
+    budget_spent: str = "",
+    fingerprint: str = "",
+    resumed: State | None = None,
+    ranks: Ranks = ALONE,
+    after_step: OnStep = lambda *_: None,
+    after_epoch: OnEpoch = lambda *_: None,
+    after_checkpoint: Callable[[State], None] = lambda _: None,
+) -> Progress:
+    """One training run, or one rank's part of it, with its teacher, its checkpoints and what it reports.
+
+    `fingerprint`, or else that of the state `resumed`, is the teacher's; empty = of the one that answers now.
+    """
+    checkpoints = Checkpoints(settings, ranks)
     with ExitStack() as stack:
         answers = None
         if not settings.method.startswith("hard"):
             fingerprint = resumed.fingerprint if resumed else fingerprint
             client = stack.enter_context(_client(settings, settings.job, fingerprint))
             fingerprint = fingerprint or client.describe().fingerprint
-            answers = stack.enter_context(AnswerLog(client, _answers_path(settings)))
-        # disable=None: a bar on a terminal, a line an epoch in a log.
-        bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
-        # What the killed run had drawn beyond its last state is drawn again.
-        events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
-        stack.callback(events.close)
+            answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
-        def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
-            events.add_scalar("train/loss", loss, step)
-            events.add_scalar("unix/share", b.share.mean().item(), step)
-            for budget in b.budgets:
-                events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
-            also_on_step(step, steps, loss, b)
-
-        def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
-            bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
-            events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
-            events.add_scalar("teacher/asked", progress.asked, progress.steps)
-            events.add_scalar("teacher/computed", progress.computed, progress.steps)
-            record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
-            save_checkpoint(settings.output, progress.epoch, student, data, record)
-            if bar.disable:
-                loss = math.nan if progress.loss is None else progress.loss
-                _tell(
-                    f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
-                    f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
-                )
-            also_on_epoch(progress, student, data)
+        on_step, on_epoch, flush = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing,) * 3
 
         def on_checkpoint(state: State) -> None:
-            save_state(state_path(settings.output), state)
-            if answers is not None and state.unix is not None:
-                answers.rotate(state.unix)
+            flush()  # or a killed run's curves would have a gap before its state
+            checkpoints.save(state, answers)
+            after_checkpoint(state)
 
         return train(
             settings,
@@ -271,7 +268,62 @@ def _run(
             budget_spent=budget_spent,
             fingerprint=fingerprint,
             resumed=resumed,
-            on_step=on_step,
-            on_epoch=on_epoch,
+            ranks=ranks,
+            on_step=_both(on_step, after_step),
+            on_epoch=_both(on_epoch, after_epoch),
             on_checkpoint=on_checkpoint,
         )
+
+
+def _both(first: Callable[P, None], then: Callable[P, None]) -> Callable[P, None]:
+    def both(*told: P.args, **more: P.kwargs) -> None:
+        first(*told, **more)
+        then(*told, **more)
+
+    return both
+
+
+def _nothing(*_: Any) -> None:
+    """What the ranks report for which the first one speaks."""
+
+
+def _reports(
+    settings: TrainSettings, resumed: State | None, stack: ExitStack
+) -> tuple[
+    OnStep,
+    OnEpoch,
+    Callable[[], None],
+]:
+    """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error.
+
+    The third writes to the event files what has been told so far.
+    """
+    # disable=None: a bar on a terminal, a line an epoch in a log.
+    bar = stack.enter_context(tqdm(desc=settings.job, unit="step", disable=None, dynamic_ncols=True))
+    # What the killed run had drawn beyond its last state is drawn again.
+    events = SummaryWriter(settings.output, purge_step=resumed.steps + 1 if resumed else None)
+    stack.callback(events.close)
+
+    def on_step(step: int, steps: int, loss: float, b: Distilled) -> None:
+        bar.total = steps
+        bar.update(step - bar.n)
+        events.add_scalar("train/loss", loss, step)
+        events.add_scalar("unix/share", b.share.mean().item(), step)
+        for budget in b.budgets:
+            events.add_scalar(f"teacher/budget_left/{_kind(budget)}", budget.left, step)
+
+    def on_epoch(progress: Progress, student: nn.Module, data: Dataset) -> None:
+        bar.set_postfix(epoch=progress.epoch, accuracy=f"{progress.accuracy:.3f}")
+        events.add_scalar("test/accuracy", progress.accuracy, progress.steps)
+        events.add_scalar("teacher/asked", progress.asked, progress.steps)
+        events.add_scalar("teacher/computed", progress.computed, progress.steps)
+        record = asdict(progress) | {"settings": settings.model_dump(mode="json")}
+        save_checkpoint(settings.output, progress.epoch, student, data, record)
+        if bar.disable:
+            loss = math.nan if progress.loss is None else progress.loss
+            tell(
+                f"{settings.job}: epoch {progress.epoch}/{settings.epochs}, step {progress.steps}, "
+                f"loss {loss:.4f}, accuracy {progress.accuracy:.4f}, {progress.seconds:.0f} s"
+            )
+
+    return on_step, on_epoch, events.flush

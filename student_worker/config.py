@@ -113,7 +113,20 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """stop: the run ends, its checkpoint is written, exit status 3. hard-labels: the other steps learn from labels."""
 
 
-class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings, env_prefix="STUDENT_"):
+class WorkersConfig(BaseModel, use_attribute_docstrings=True):
+    """Where the student is trained: in this process, or by several workers on a Ray cluster."""
+
+    num_workers: int = Field(default=0, ge=0)
+    """Workers under Ray Train that train the one student, each on its part of every batch; 0 trains in this process."""
+    max_failures: int = Field(default=3, ge=-1)
+    """How often lost workers are replaced, and the run resumed from its last checkpoint; -1: each time."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that Ray sets aside for each worker; also a GPU where device is cuda, or auto and the cluster has enough."""
+    sync_batch_norm: bool = False
+    """Batch norm over all workers' parts, as one worker would see them, instead of over each one's own; GPUs only."""
+
+
+class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, WorkersConfig, Settings, env_prefix="STUDENT_"):
     """Train a student, from labels or from a teacher.
 
     Every option is also an environment variable (STUDENT_EPOCHS) and a key of the TOML file given by --config; the
@@ -136,7 +149,7 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     """Steps between two writings of the state that --resume reads; 0 = it is written at each epoch's end only."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(TeacherConfig.model_fields) - {"cache_namespace"} | {
-        "config", "output", "overwrite", "resume", "checkpoint_steps",
+        "config", "output", "overwrite", "resume", "checkpoint_steps", "max_failures", "cpus_per_worker",
     }  # fmt: skip
     """Fields in which a resumed run may differ from what it began with: none changes what is learnt."""
 

@@ -15,6 +15,8 @@ from student_worker.data import UNLABELLED, Dataset, Labels, epoch_order, labell
 from student_worker.errors import BudgetSpent
 from student_worker.losses import distillation_loss, mixed_cross_entropy
 from student_worker.mixup import mix
+from student_worker.ranks import ALONE, Ranks, learnt
+from student_worker.selection import scoring
 from student_worker.unix import Distilled, Teacher, Unix
 from student_worker.views import Augmentation, augment, view_number
 
@@ -24,6 +26,8 @@ class Lessons:
 
     Counts batches in `steps`, those of them with a teacher's answers in `taught`, samples in `asked`, `scored` and
     `learnt`, answers by where they came from in `sources`. `budget_spent` is what the server said, empty before.
+    With several `ranks` these are this rank's samples and answers: it has its part of every batch, asks about that
+    alone, and is in step with the others; where one of them finds the budget spent, all do.
     Raises ValueError where the method needs a teacher, or labels, that are not there.
     """
 
@@ -37,6 +41,7 @@ class Lessons:
         normalised: Callable[[Tensor], Tensor],
         device: torch.device,
         budget_spent: str = "",
+        ranks: Ranks = ALONE,
     ) -> None:
         hard = _is_hard(settings.method)
         if (hard or settings.on_budget_spent == "hard-labels") and (labels == UNLABELLED).all():
@@ -46,7 +51,11 @@ class Lessons:
             raise ValueError(f"method {settings.method} needs a teacher")
         self._settings = settings
         self._data, self._labels, self._device = data, labels, device
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._normalised, self._ranks, self._part = normalised, ranks, (ranks.rank, ranks.world)
+        self._count = -(-len(labels) // settings.batch_size)  # batches of an epoch
+        self._scores = settings.method == "unix" and settings.strategy != "random"
+        self._weight = 1.0  # of the mean loss of the batch in hand, among the ranks
+        self._generator = torch.Generator().manual_seed(ranks.seed(settings.seed))
         self._unix = None if hard or teacher is None else _unix(settings, teacher, normalised, self._generator)
         self._alone = HardLabels(
             mixing=settings.method == "hard+mixup", to_student=normalised, generator=self._generator
@@ -77,26 +86,28 @@ class Lessons:
         """
         before = self.steps - first
         if self._unix and not self.budget_spent:
-            batches = self._batches(self._settings, number, first)
+            batches = self._batches(self._settings, number, first, student)
             try:
                 with closing(self._unix.batches(batches, student, self._settings.depth)) as answered:
-                    for b in answered:
+                    for b in self._in_step(answered, first):
                         self.taught += 1
-                        yield self._counted(b)
+                        yield b
             except BudgetSpent as error:
                 self.budget_spent = str(error)
             else:
                 return
         if not self.over:
             settings = self._settings if self._unix is None else self._settings.model_copy(update={"method": "hard"})
-            for b in self._alone.batches(self._batches(settings, number, self.steps - before)):
-                yield self._counted(b)
+            first = self.steps - before
+            yield from self._in_step(self._alone.batches(self._batches(settings, number, first)), first)
 
     def criterion(self, student_logits: Tensor, b: Distilled) -> Tensor:
-        """The loss, a scalar, on the batch that `epoch` gave last."""
+        """The loss, a scalar, on the batch that `epoch` gave last; its mean over the ranks is the mean of all parts."""
+        if not learnt(b):
+            return student_logits.sum() * 0.0
         if self._unix and not self.budget_spent:
-            return self._unix.criterion(student_logits, b)
-        return self._alone.criterion(student_logits, b)
+            return self._unix.criterion(student_logits, b) * self._weight
+        return self._alone.criterion(student_logits, b) * self._weight
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, random state and what Unix keeps, in plain values and tensors; within `epoch`, as Unix's."""
@@ -119,14 +130,48 @@ class Lessons:
             self._unix.load_state_dict(state["unix"])
         self._generator.set_state(state["generator"])
 
-    def _batches(self, settings: TrainSettings, number: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return epoch_batches(settings, self._data, self._labels, number, self._device, first=first)
+    def _in_step(self, batches: Iterable[Distilled], first: int) -> Iterator[Distilled]:
+        """The epoch's batches from `first` on, counted, each when all ranks have theirs."""
+        for b, weight in self._ranks.in_step(self._filled(batches, first)):
+            self._weight = weight
+            self.steps += 1
+            self.learnt += learnt(b)
+            self.sources.update(b.source)
+            yield b
 
-    def _counted(self, b: Distilled) -> Distilled:
-        self.steps += 1
-        self.learnt += len(b.x)
-        self.sources.update(b.source)
-        return b
+    def _filled(self, batches: Iterable[Distilled], first: int) -> Iterator[Distilled]:
+        """With a stand-in at the end for a rank that has no sample of the last batch: it learns nothing from it, but
+        takes part in the step.
+        """
+        yield from batches
+        if self._without_last(first):
+            nothing = torch.empty(0)
+            yield Distilled(
+                x=self._stand_in(), answer=nothing, share=nothing, y=None, y_partner=None, index=None, source=(), lag=0
+            )
+
+    def _batches(
+        self, settings: TrainSettings, number: int, first: int, student: nn.Module | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's parts of an epoch's batches, but for an empty one.
+
+        Instead of that, `student` scores a stand-in, at the very step at which the others score their parts: layers
+        such as SyncBatchNorm wait for all ranks at each forward pass.
+        """
+        yield from epoch_batches(settings, self._data, self._labels, number, self._device, first=first, part=self._part)
+        scored = first and first + settings.depth >= self._count  # by the run that this one resumes
+        if student is not None and self._scores and self._without_last(first) and not scored:
+            with scoring(student, settings.score_mode):
+                student(self._stand_in())
+
+    def _without_last(self, first: int) -> bool:
+        """Has this rank no sample of the epoch's last batch, and is that among the batches from `first` on?"""
+        rank, _ = self._part
+        return first < self._count and rank > (len(self._labels) - 1) % self._settings.batch_size
+
+    def _stand_in(self) -> Tensor:
+        """[2, ...], as the student takes it: batch norm over flat features refuses a single sample."""
+        return self._normalised(torch.from_numpy(self._data.train_x[:2]).to(self._device))
 
 
 class HardLabels:
@@ -175,12 +220,16 @@ def epoch_batches(
     device: torch.device,
     *,
     first: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """An epoch's (x uint8 [n, c, h, w], y int64 [n] with -1 for unlabelled, item int64 [n]), from batch `first` on.
 
     Methods without a teacher see labelled items only, each several times an epoch where few are labelled, every time
     in another view: as many batches as the others. Where all are labelled, they are the others' batches.
+    `part` (rank, world): of each batch every world-th sample from the rank-th on, so that all ranks' parts are the
+    batch. A part without a sample, which only the last batch can have, is not given.
     """
+    rank, world = part
     items = np.flatnonzero(labels != UNLABELLED) if _is_hard(settings.method) else np.arange(len(labels))
     rounds = -(-len(labels) // len(items))
     numbers = [epoch * rounds + r for r in range(rounds)]
@@ -188,8 +237,10 @@ def epoch_batches(
     views = np.repeat([view_number(number, settings.views) for number in numbers], len(items))
     augmentation = Augmentation(settings.crop, settings.flip, settings.erase)
     for start in range(first * settings.batch_size, len(labels), settings.batch_size):
-        batch = slice(start, min(start + settings.batch_size, len(labels)))
+        batch = slice(start + rank, min(start + settings.batch_size, len(labels)), world)
         item = order[batch]
+        if not len(item):
+            return
         x = augment(
             data.train_x[item], seed=settings.view_seed, items=item, view=views[batch], augmentation=augmentation
         )

@@ -23,7 +23,7 @@ from student_worker.unix import Distilled
 class Run(Protocol):
     """One training run, with its files; resumed where the settings say so and there is a state."""
 
-    def __call__(self, settings: TrainSettings, *, also_on_step: OnStep, also_on_epoch: OnEpoch) -> None: ...
+    def __call__(self, settings: TrainSettings, *, after_step: OnStep, after_epoch: OnEpoch) -> None: ...
 
 
 def run_trials(settings: SweepSettings, made: list[Trial], run: Run, mark: str) -> list[Outcome]:
@@ -113,7 +113,7 @@ def _trial(config: dict[str, Any], *, made: list[Trial], run: Run, mark: str) ->
         told = {"epoch": progress.epoch, "validation": validation, "test": test, "alone": alone}
         tune.report(told | {"progress": asdict(progress)})  # last: ASHA may end the trial here
 
-    run(trial.settings, also_on_step=on_step, also_on_epoch=on_epoch)
+    run(trial.settings, after_step=on_step, after_epoch=on_epoch)
 
 
 def _outcome(result: tune.Result) -> Outcome:

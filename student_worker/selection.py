@@ -95,7 +95,7 @@ class Selection:
     def _score(self, student: nn.Module, x: Tensor, to_student: Transform) -> tuple[Tensor, Tensor | None]:
         if self._strategy == "random":
             return torch.rand(len(x), generator=self.generator), None
-        with _scoring(student, self._score_mode):
+        with scoring(student, self._score_mode):
             logits: Tensor = student(to_student(x))
         return uncertainty(logits, self._strategy), logits
 
@@ -114,7 +114,7 @@ def _count(share: float, n: int) -> int:
 
 
 @contextmanager
-def _scoring(student: nn.Module, mode: ScoreMode) -> Iterator[None]:
+def scoring(student: nn.Module, mode: ScoreMode) -> Iterator[None]:
     """No gradients, the student in `mode`, and afterwards every submodule as it was: a user may have frozen some."""
     training = {module: module.training for module in student.modules()}
     if mode == "eval":

@@ -2,13 +2,13 @@
 
 import io
 import random
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import nn
 
 from student_worker.checkpoint import write_whole
@@ -16,6 +16,7 @@ from student_worker.config import TrainSettings
 from student_worker.lessons import Lessons
 
 _VERSION = 1
+_CHECKSUM_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "epoch": self.epoch,
-                "losses": list(self.losses),
                 "progress": self.progress,
                 "seconds": seconds,
             },
-            own={"lessons": self.lessons.state_dict(), "random": _random_states()},
+            own={
+                "lessons": self.lessons.state_dict(),
+                "random": _random_states(),
+                "losses": list(self.losses),
+                "buffers": dict(self.student.named_buffers()),  # batch norm's are of each worker's own part
+            },
         )
 
     def restore(self, state: State) -> float:
@@ -109,7 +114,9 @@ class Run:
         self.student.load_state_dict(shared["student"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.schedule.load_state_dict(shared["schedule"])
-        self.epoch, self.losses, self.progress = shared["epoch"], list(shared["losses"]), shared["progress"]
+        self.epoch, self.losses, self.progress = shared["epoch"], list(state.own["losses"]), shared["progress"]
+        for name, buffer in self.student.named_buffers():
+            buffer.copy_(state.own["buffers"][name])
         self.fingerprint = shared["fingerprint"]
         self.lessons.load_state_dict(state.own["lessons"])
         self.told = self.lessons.budget_spent
@@ -124,11 +131,11 @@ def state_path(folder: Path) -> Path:
 
 
 def save_state(path: Path, state: State) -> None:
-    """Writes `path`: the new state is there whole, or the old one still is."""
+    """Writes `path`: the new state is there whole, or the old one still is. A file of torch.save, and its checksum."""
     content = io.BytesIO()
     torch.save({"version": _VERSION, "shared": state.shared, "own": state.own}, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.getvalue())
+    write_whole(path, content.getvalue() + _checksum(content.getvalue()))
 
 
 def load_state(path: Path, settings: TrainSettings) -> State:
@@ -137,16 +144,13 @@ def load_state(path: Path, settings: TrainSettings) -> State:
     Raises ValueError for a file that is damaged or of another version, and where `settings` would make another run of
     it than the one that it is of.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load does not look at the checksums
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        damaged = str(error)
-    if damaged is not None:
+    saved = path.read_bytes()
+    if _checksum(saved[:-_CHECKSUM_BYTES]) != saved[-_CHECKSUM_BYTES:]:
         raise ValueError(
-            f"{path} is damaged ({damaged}); bring a sound one, or begin anew, with --overwrite and without --resume"
+            f"{path} is damaged, or no state of a run; bring a sound one, or begin anew, with --overwrite and without "
+            "--resume"
         )
+    content = torch.load(io.BytesIO(saved[:-_CHECKSUM_BYTES]), map_location="cpu", weights_only=True)
     if (version := content.get("version")) != _VERSION:
         raise ValueError(
             f"{path} has version {version!r}, this program reads version {_VERSION}: resume with the program that "
@@ -165,6 +169,11 @@ def load_state(path: Path, settings: TrainSettings) -> State:
             "in another --output"
         )
     return state
+
+
+def _checksum(content: bytes) -> bytes:
+    """torch.load would not notice a flipped bit."""
+    return blake3(content).digest(length=_CHECKSUM_BYTES)
 
 
 def _random_states() -> dict[str, Any]:

@@ -52,7 +52,8 @@ def trials(settings: SweepSettings) -> list[Trial]:
         shared[name] = shared[name] and shared[name].absolute()
     if settings.device == "auto" and not settings.gpus_per_trial:
         shared["device"] = "cpu"
-    always: dict[str, Any] = {"config": None, "token": None, "overwrite": False, "resume": settings.max_failures > 0}
+    always: dict[str, Any] = {"config": None, "token": None, "overwrite": False, "num_workers": 0}
+    always["resume"] = settings.max_failures != 0
     made = []
     for number, values in enumerate(points(settings.space, settings.trials, settings.space_seed)):
         own = {"job": f"{settings.job}-{number:04d}", "output": shared["output"] / f"trial-{number:04d}"}

@@ -34,8 +34,8 @@ class SweepSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     """Trials at a time, at most; 0 = as many as the cluster has CPUs and GPUs for."""
     cpus_per_trial: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for each."""
-    max_failures: int = Field(default=0, ge=0)
-    """Times that a failed trial may go on from the end of its last epoch, as where its node is taken away."""
+    max_failures: int = Field(default=0, ge=-1)
+    """Times that a failed trial may go on from the end of its last epoch, as where its node is taken away; -1: each."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs, or a share of one, for each; with 0, --device auto is the CPU."""
     asha: bool = False

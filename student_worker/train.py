@@ -13,6 +13,7 @@ from student_worker.config import TrainSettings
 from student_worker.data import Dataset, Labels, Pixels, load
 from student_worker.lessons import Lessons, known_labels
 from student_worker.models import build
+from student_worker.ranks import ALONE, Ranks
 from student_worker.state import Run, State
 from student_worker.unix import Distilled, Teacher
 
@@ -58,6 +59,7 @@ def train(
     budget_spent: str = "",
     fingerprint: str = "",
     resumed: State | None = None,
+    ranks: Ranks = ALONE,
     on_step: OnStep = lambda *_: None,
     on_epoch: OnEpoch = lambda *_: None,
     on_checkpoint: Callable[[State], None] = lambda _: None,
@@ -67,7 +69,9 @@ def train(
     Every method takes the same number of optimiser steps: one per batch of the whole training set and epoch. Only a
     spent budget ends a run sooner, as `settings.on_budget_spent` says; `budget_spent` is the server's word where that
     is known before. `on_step` gets the step's number, of how many, its loss and what was learnt from; `on_epoch` the
-    progress, student and data. Raises what the data, the student's factory and the teacher raise, and ValueError for
+    progress, student and data. With several `ranks` each calls this, and the calls are one run: each asks about its
+    part of every batch, all learn from the mean over all parts, and Progress is the whole run's; but `on_step` gets the
+    rank's own loss and batch. Raises what the data, the student's factory and the teacher raise, and ValueError for
     settings that do not fit.
 
     `on_checkpoint` gets the run's state before its first step, every `settings.checkpoint_steps` steps and after each
@@ -87,9 +91,16 @@ def train(
     device = _device(settings.device)
     channels, size, _ = data.shape
     student = build(settings.student, channels=channels, classes=data.classes, size=size, **settings.student_arguments)
+    if settings.sync_batch_norm:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
     student = student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalised = normaliser(data, device)
-    lessons = Lessons(settings, teacher, data, labels, normalised=normalised, device=device, budget_spent=budget_spent)
+    learning = ranks.wrap(student)
+    if ranks.rank:  # all ranks have made the same student; what it draws while it learns is each one's own
+        torch.manual_seed(ranks.seed(settings.seed))
+    lessons = Lessons(
+        settings, teacher, data, labels, normalised=normalised, device=device, budget_spent=budget_spent, ranks=ranks
+    )
 
     steps = settings.epochs * -(-len(labels) // settings.batch_size)
     optimizer = torch.optim.SGD(
@@ -107,7 +118,7 @@ def train(
         student.train()
         with closing(lessons.epoch(epoch, student, first=len(run.losses))) as batches:
             for b in batches:
-                loss = lessons.criterion(student(b.x), b)
+                loss = lessons.criterion(learning(b.x), b)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -120,28 +131,45 @@ def train(
                 on_step(lessons.steps, steps, run.losses[-1], b)
                 if run.due():
                     on_checkpoint(run.state(perf_counter() - began))
-        progress = Progress(
-            epoch=epoch + 1,
-            steps=lessons.steps,
-            of_steps=steps,
-            loss=float(np.mean(run.losses)) if run.losses else None,
-            accuracy=accuracy(student, normalised, data.test_x, data.test_y, device),
-            taught=lessons.taught,
-            asked=lessons.asked,
-            computed=lessons.sources["computed"],
-            cached=lessons.sources["cached"],
-            coalesced=lessons.sources["coalesced"],
-            scored=lessons.scored,
-            learnt=lessons.learnt,
-            seconds=perf_counter() - began,
-            budget_spent=lessons.budget_spent,
-        )
+        # Rank 0 evaluates; the others wait for it where the counts are summed.
+        right = accuracy(student, normalised, data.test_x, data.test_y, device) if ranks.rank == 0 else 0.0
+        progress = _progress(run, ranks, steps, right, perf_counter() - began)
         on_epoch(progress, student, data)
         if lessons.over:
             break
         run.end_epoch(asdict(progress))
         on_checkpoint(run.state(progress.seconds))
     return progress
+
+
+def _progress(run: Run, ranks: Ranks, of_steps: int, right: float, seconds: float) -> Progress:
+    """Of the whole run, at an epoch's end. `right` is the accuracy on rank 0, 0 on the others."""
+    lessons = run.lessons
+    loss, accuracy, *counts = ranks.sums(
+        sum(run.losses) / ranks.world,
+        right,
+        lessons.asked,
+        *(lessons.sources[source] for source in ("computed", "cached", "coalesced")),
+        lessons.scored,
+        lessons.learnt,
+    )
+    asked, computed, cached, coalesced, scored, learnt = map(int, counts)
+    return Progress(
+        epoch=run.epoch + 1,
+        steps=lessons.steps,
+        of_steps=of_steps,
+        loss=loss / len(run.losses) if run.losses else None,
+        accuracy=accuracy,
+        taught=lessons.taught,
+        asked=asked,
+        computed=computed,
+        cached=cached,
+        coalesced=coalesced,
+        scored=scored,
+        learnt=learnt,
+        seconds=seconds,
+        budget_spent=lessons.budget_spent,
+    )
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:

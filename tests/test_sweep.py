@@ -48,7 +48,7 @@ def settings(**changes):
         ('{"cache_namespace": ["a"]}', "space: cache_namespace is one for all"),
         ('{"view_seed": [1, 2]}', "space: view_seed is one for all: the students share a bank of views"),
         ('{"dataset": ["digits"]}', "space: dataset is one for all"),
-        ('{"resume": [true]}', "space: resume is not of what is learnt, or how; it cannot be swept"),
+        ('{"num_workers": [2]}', "space: num_workers is not of what is learnt, or how; it cannot be swept"),
         ('{"learning_rat": [1]}', "space: learning_rat is no knob of train; did you mean learning_rate?"),
         ('{"keep": {"uniform": [1, 0]}}', "space: keep: uniform takes [low, high] with low < high, got [1, 0]"),
         ("{}", "space: nothing to try; give for example --space '{\"seed\": [0, 1, 2]}'"),
