@@ -89,13 +89,16 @@ Command = tuple[type[Settings], Callable[[Any], int | None]]
 def run_command(program: str, commands: Mapping[str, Command], argv: list[str] | None = None) -> int:
     """Parses `program COMMAND [OPTIONS]`, runs the command and returns its exit status (2: unusable arguments).
 
-    A command may have two words, "ledger show"; those with the same first one are a group with a --help of its own.
+    A command may have two words, "ledger show"; those with the same first one are a group with a --help of its own,
+    unless that word is a command by itself, as "launch" is beside "launch stop".
     """
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--version"]:
         print(f"{program} {version('preceptor')}")
         return 0
     group = next((f"{word} " for word in arguments[:1] if any(name.startswith(f"{word} ") for name in commands)), "")
+    if group.strip() in commands and all(option.startswith("-") for option in arguments[1:2]):
+        group = ""
     known = {name.removeprefix(group): name for name in commands if name.startswith(group)}
     words = arguments[1:] if group else arguments
     if not words or words[0] in ("-h", "--help"):

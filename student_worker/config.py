@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, SecretStr, field_validator
-from pydantic_settings import CliSuppress
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import CliPositionalArg, CliSuppress
 
 from protos.settings import Settings
 
@@ -213,3 +213,71 @@ class CompareSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settin
         if len(set(values)) < len(values) or not values:
             raise ValueError("give each once, and at least one: a repeated run is no further evidence")
         return values
+
+
+class ClusterConfig(BaseModel, use_attribute_docstrings=True):
+    """Which Ray cluster."""
+
+    address: str = ""
+    """http://host:port of the cluster's dashboard, which takes jobs. Empty: RAY_API_SERVER_ADDRESS, or else the cluster
+    that runs on this machine."""
+
+
+class LaunchSettings(ClusterConfig, TrainSettings, env_prefix="STUDENT_"):
+    """Train on a Ray cluster: `train` as a job there, whose log is followed here.
+
+    Takes what train takes, and gives the job what was set here; all paths are paths on the cluster's nodes. Ends with
+    the job's exit status (143 if it was stopped). Ctrl-C leaves the job running: `student-worker launch status ID` says
+    how it stands, `student-worker launch stop ID` ends it.
+    """
+
+    wait: bool = True
+    """Follow the job until it ends; otherwise print its id, and nothing else on standard output."""
+    submission_id: str = ""
+    """The job's id at the cluster, never used there before; empty = one that Ray makes up."""
+    working_dir: str = ""
+    """Folder here, or URI of a zip file, that the job runs in: for a student of your own. Uploaded, but for what its
+    .gitignore names; keep secrets out of it."""
+    entrypoint_num_cpus: float = Field(default=0, ge=0)
+    """CPUs that the cluster sets aside for the job's own process, beside those of --num-workers."""
+    entrypoint_num_gpus: float = Field(default=0, ge=0)
+    """GPUs likewise; without workers of its own, a job that is to train on a GPU needs one here."""
+
+    @model_validator(mode="after")
+    def _no_secret_travels(self) -> "LaunchSettings":
+        if self.token and not self.token_file:
+            raise ValueError(
+                "token: STUDENT_TOKEN would stand in the job's description, for all who reach the cluster's dashboard; "
+                "give --token-file, the path of a file on its nodes, or unset it where they have a token of their own"
+            )
+        for secret in (self.token_file, self.tls_key_file):
+            if secret and self.working_dir and secret.is_relative_to(Path(self.working_dir).absolute()):
+                raise ValueError(f"working_dir: {self.working_dir} holds {secret}, which would be uploaded with it")
+        return self
+
+    @model_validator(mode="after")
+    def _paths_of_the_cluster(self) -> "LaunchSettings":
+        if "output" not in self.model_fields_set:
+            raise ValueError("output: give a folder on the cluster, by its absolute path (--output)")
+        for name in sorted(TrainSettings.model_fields.keys() & self.model_fields_set - {"config"}):
+            value = getattr(self, name)
+            if isinstance(value, Path) and not value.is_absolute():
+                raise ValueError(
+                    f"{name}: {value} would be looked for wherever the cluster runs the job; give an absolute path, "
+                    f"of the cluster's nodes (--{name.replace('_', '-')})"
+                )
+        return self
+
+
+class StopSettings(ClusterConfig, Settings, env_prefix="STUDENT_"):
+    """End a job that was launched, and wait until it has ended."""
+
+    submission_id: CliPositionalArg[str]
+    """The job's id, as launch said it."""
+
+
+class StatusSettings(ClusterConfig, Settings, env_prefix="STUDENT_"):
+    """Say how a job stands that was launched."""
+
+    submission_id: CliPositionalArg[str]
+    """The job's id, as launch said it."""

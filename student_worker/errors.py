@@ -11,6 +11,8 @@ TeacherError
 ├── NotServed               the server does not know this call, field or value
 ├── TeacherFailed           the teacher's own forward pass failed
 └── TeacherUnavailable      no server answered in time, or all refused to take more; retries are used up
+
+ClusterError                a Ray cluster is not there, lets us not in, knows no such job, or lost it
 """
 
 
@@ -55,4 +57,8 @@ class TeacherFailed(TeacherError):
 
 
 class TeacherUnavailable(TeacherError):
+    pass
+
+
+class ClusterError(Exception):
     pass

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from protos.settings import Command, run_command
-from teacher_server.config import DoctorSettings, ServeSettings
+from teacher_server.config import DoctorSettings, ServeOnRaySettings, ServeSettings
 from teacher_server.ledger_settings import (
     BudgetSettings,
     ExportSettings,
@@ -34,6 +34,21 @@ def _serve(settings: ServeSettings) -> int:
         with logging_to(sys.stderr):
             return asyncio.run(serve(settings))
     except (ModelError, ValueError, OSError) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve_on_ray(settings: ServeOnRaySettings) -> int:
+    try:
+        from teacher_server.log_lines import logging_to
+        from teacher_server.ray_replicas import ReplicaFailed, serve_on_ray
+    except ModuleNotFoundError as error:
+        print(f"teacher-server: {error}; install Preceptor with its [server] and [ray] extras", file=sys.stderr)
+        return 1
+    try:
+        with logging_to(sys.stderr):
+            return serve_on_ray(settings)
+    except (ReplicaFailed, ValueError, OSError) as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1
 
@@ -83,6 +98,7 @@ def _token(name: str) -> Callable[[Any], int]:
 
 COMMANDS: dict[str, Command] = {
     "serve": (ServeSettings, _serve),
+    "serve-on-ray": (ServeOnRaySettings, _serve_on_ray),
     "doctor": (DoctorSettings, _doctor),
     "ledger show": (ShowSettings, _ledger("show")),
     "ledger export": (ExportSettings, _ledger("export")),

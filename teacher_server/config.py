@@ -1,6 +1,7 @@
 """The server's knobs, one model per component. Only `__main__` reads the environment and the command line."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -124,6 +125,10 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     tokens_file: Path | None = None
     """Lines of `SHA256-OF-TOKEN TENANT [student|viewer|admin] [NAME]`, as `teacher-server token new` writes them; read
     again when it changes. Without the file everyone is tenant `default` and may do everything, on loopback only."""
+    advertise_address: str | None = Field(default=None, pattern=r"^([\w.-]+|\[[0-9a-fA-F:.]+\])(:[1-9]\d{0,4})?$")
+    """HOST, or HOST:PORT, at which students reach this replica; without a port, that of --grpc-port. Replicas that
+    share a --ledger-redis-url tell students of one another by it. Without it, the address bound; one that is bound to
+    all interfaces (0.0.0.0, ::) has no such address, and is not told of."""
 
     def address(self, port: int) -> str:
         """host:port, an IPv6 host in brackets."""
@@ -158,6 +163,33 @@ class TlsConfig(BaseModel, use_attribute_docstrings=True):
         return self
 
 
+class ReplicasConfig(BaseModel, use_attribute_docstrings=True):
+    """How many replicas a Ray cluster serves, and what each is given there."""
+
+    ray_address: str | None = None
+    """The cluster, HOST:PORT; without it that of RAY_ADDRESS, or the one that this machine belongs to."""
+    min_replicas: int = Field(default=1, ge=1)
+    """Replicas that there are always."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Replicas that there may be; without it, as many as --min-replicas."""
+    target_queue_milliseconds: float = Field(default=100.0, gt=0)
+    """How long queries may wait for the device, on average over 5 s: beyond it replicas are added."""
+    scale_down_seconds: float = Field(default=60.0, ge=1)
+    """For how long queries must wait half of that at most, and the devices have time for it, before one is drained."""
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    """GPUs, or a part of one; without it 1 where --device is cuda, or auto and the cluster has some, else 0."""
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    """CPUs, as Ray counts them; its threads too, unless --threads says otherwise."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas: {self.max_replicas} is less than --min-replicas {self.min_replicas}; give one as large"
+            )
+        return self
+
+
 class ServeSettings(
     ModelConfig,
     EngineConfig,
@@ -176,6 +208,37 @@ class ServeSettings(
     Every option is also an environment variable (TEACHER_MAX_BATCH_SIZE) and a key of the TOML file given by
     --config; the command line wins over the environment, the environment over the file.
     """
+
+    keys_of_others = ReplicasConfig.model_fields
+
+
+class ServeOnRaySettings(ReplicasConfig, ServeSettings, env_prefix="TEACHER_"):
+    """Serve a teacher by replicas on a Ray cluster, as many as queries need.
+
+    Each is a server like that of `serve`, with its own ports, and a folder of its own in --state-directory; students
+    find all of them by one. Both Redis URLs are needed. One with a password is not sent through Ray: it must stand in
+    the environment of `ray start` on each node (TEACHER_LEDGER_REDIS_URL), or in the file that --config names there.
+    Paths are those of the nodes. On SIGTERM all are drained.
+    """
+
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """0 takes a free port; another needs a single replica."""
+    http_port: int = Field(default=0, ge=0, le=65535)
+    """0 takes a free port; another needs a single replica."""
+
+    @model_validator(mode="after")
+    def _one_port_each(self) -> Self:
+        if (self.max_replicas or self.min_replicas) == 1:
+            return self
+        for name in ("grpc_port", "http_port"):
+            if port := getattr(self, name):
+                raise ValueError(f"{name}: {port} can be one replica's alone; give 0, for free ones")
+        if self.advertise_address and re.search(r":\d+$", self.advertise_address):
+            raise ValueError(
+                f"advertise_address: {self.advertise_address} can be one replica's alone; leave out the port, or all "
+                "of it for each node's own address"
+            )
+        return self
 
 
 class DoctorSettings(ServeSettings, env_prefix="TEACHER_"):

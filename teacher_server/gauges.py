@@ -23,6 +23,18 @@ def readiness(not_ready: Callable[[], str | None]) -> Read:
     return lambda: [_gauge("ready", "1 where queries are taken, as /readyz says.", not not_ready())]
 
 
+def replicas(known: Callable[[], int]) -> Read:
+    """`known()`: how many replicas students are told of."""
+    return lambda: [
+        _gauge(
+            "replicas",
+            "Live replicas of this fingerprint that students are told of, this one included; 0 where it is alone, "
+            "without a --ledger-redis-url or an address to be told of.",
+            known(),
+        )
+    ]
+
+
 def stores(stores: Stores) -> Read:
     def read() -> Iterable[Metric]:
         up = GaugeMetricFamily(

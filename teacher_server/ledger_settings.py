@@ -1,19 +1,20 @@
 """The knobs of `teacher-server ledger ...`. They read the same environment and the same TOML file as the server."""
 
+from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, SecretStr, model_validator
 from pydantic_settings import CliPositionalArg, CliSuppress
 
 from protos.settings import Settings
-from teacher_server.config import LedgerConfig, ServeSettings, StoreConfig
+from teacher_server.config import LedgerConfig, ReplicasConfig, ServeSettings, StoreConfig
 
 
 class _LedgerSettings(StoreConfig, Settings, env_prefix="TEACHER_"):
-    keys_of_others = ServeSettings.model_fields
+    keys_of_others: ClassVar[Mapping[str, Any]] = ServeSettings.model_fields | ReplicasConfig.model_fields
     cache_redis_url: CliSuppress[SecretStr | None] = None
     """Nothing of the cache is read."""
 

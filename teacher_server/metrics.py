@@ -215,6 +215,12 @@ class Metrics:
             self._others[tenant] = JobCounters(self, Caller(tenant, _OTHER))
         return self._others[tenant]
 
+    def queued(self) -> tuple[int, float]:
+        """Queries that have left the queue, and the seconds for which they waited, in all."""
+        (family,) = self.queue_seconds.collect()
+        found = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
+        return int(found["count"]), found["sum"]
+
     # ------------------------------------------------------------ being scraped
 
     def watch(self, read: Read) -> None:

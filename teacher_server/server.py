@@ -1,19 +1,19 @@
 """One process that serves a teacher: loads it, opens both ports, drains when told to stop."""
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from protos import teacher_pb2 as pb
 from teacher_server import gauges
 from teacher_server.access import Ended, log_call
 from teacher_server.accounts import Books
+from teacher_server.addresses import advertised, is_loopback, reach
 from teacher_server.auth import Authenticator
 from teacher_server.batcher import Batcher
 from teacher_server.cache import AnswerCache
@@ -27,6 +27,8 @@ from teacher_server.metrics import Metrics
 from teacher_server.model import ModelError, load
 from teacher_server.postings import Waste
 from teacher_server.queues import Array
+from teacher_server.registry import Registry
+from teacher_server.scaling import Load
 from teacher_server.service import Served, Service
 from teacher_server.store import Store, StoreUnavailable, capacity, open_stores
 from teacher_server.tls import Certificates
@@ -40,6 +42,7 @@ class RunningServer:
     grpc_address: str
     http_address: str
     device_lost: asyncio.Event
+    load: Callable[[], Load]
 
 
 @asynccontextmanager
@@ -119,8 +122,18 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         metrics.watch(gauges.queue(batcher, metrics))
         service.serve(Served(description, batcher, cache, flights, ledger))
         grpc.set_serving(True)
+        registry = _registry(stores.ledger, settings, description, grpc.port)
+        service.registry = registry
+        metrics.watch(gauges.replicas(lambda: registry.alike() if registry else 0))
         try:
-            yield RunningServer(description, settings.address(grpc.port), settings.address(http.port), device_lost)
+            async with registry or nullcontext():  # left first: students look elsewhere before anything is refused
+                yield RunningServer(
+                    description,
+                    settings.address(grpc.port),
+                    settings.address(http.port),
+                    device_lost,
+                    load=lambda: Load(*metrics.queued(), engine.busy_nanoseconds / 1e9, sum(batcher.depth().values())),
+                )
         finally:
             end = loop.time() + settings.drain_seconds
             service.drain("draining")
@@ -211,6 +224,22 @@ async def _ledger(
         await ledger.__aexit__()
 
 
+def _registry(store: Store, settings: ServeSettings, teacher: pb.TeacherDescription, grpc_port: int) -> Registry | None:
+    """Its place among the replicas of a shared ledger; None where there are no others, or students could not come."""
+    if settings.ledger_redis_url is None:
+        return None
+    address = advertised(settings, grpc_port)
+    if address is None:
+        _log.warning(
+            "students are not told of this replica, which is bound to all interfaces (%s): give --advertise-address, "
+            "where they can reach it",
+            settings.host,
+        )
+        return None
+    replica = pb.Replica(address=address, teacher=teacher.name, fingerprint=teacher.fingerprint)
+    return Registry(store, replica, reach(address))
+
+
 async def _warm_up(engine: Engine, ledger: Ledger, metrics: Metrics, settings: ServeSettings) -> None:
     """What it forwards is our own. Raises ModelError."""
     passes = []
@@ -255,10 +284,3 @@ async def serve(settings: ServeSettings) -> int:
         for end in ends:
             end.cancel()
     return 1 if server.device_lost.is_set() else 0
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: it may resolve to anything
-        return False

@@ -26,6 +26,7 @@ from teacher_server.errors import (
 )
 from teacher_server.flights import Books, Flights, Outcome, Query, again
 from teacher_server.metrics import Metrics
+from teacher_server.registry import Registry
 from teacher_server.trails import Trail
 
 _Result = TypeVar("_Result")
@@ -76,6 +77,8 @@ class Service:
         self._teachers: dict[str, Served] = {}
         self._running: dict[tuple[Caller, str], _Running] = {}
         self.not_ready: str | None = "loading the teacher"
+        self.registry: Registry | None = None
+        """Who else serves, where it is known."""
 
     def serve(self, teacher: Served) -> None:
         self._teachers[teacher.description.name] = teacher
@@ -90,9 +93,13 @@ class Service:
         if not self._teachers:
             raise Draining(f"this replica describes no teacher yet ({self.not_ready}); ask again, or another one")
         teachers = [self._teacher(request.teacher)] if request.teacher else self._teachers.values()
-        return pb.DescribeResponse(
+        reply = pb.DescribeResponse(
             teachers=[teacher.description for teacher in teachers], server_version=version("preceptor")
         )
+        if self.registry is not None:
+            reply.address = self.registry.address
+            reply.replicas.extend(self.registry.replicas())
+        return reply
 
     async def label(
         self, request: pb.LabelRequest, caller: Caller, deadline: float | None, trail: Trail | None = None

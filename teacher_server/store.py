@@ -6,7 +6,7 @@
     open_stores          both, with an embedded Valkey where no URL is given (embedded.py)
     open_ledger          the ledger alone, for the command line
 
-Every key of ours begins with one of the two prefixes below.
+Every key of ours begins with one of the prefixes below.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from teacher_server.pipeline import SILENCE_SECONDS, Part, Pipeline, StoreUnavai
 __all__ = [
     "CACHE_PREFIX",
     "LEDGER_PREFIX",
+    "REPLICAS_PREFIX",
     "Store",
     "StoreUnavailable",
     "Stores",
@@ -43,6 +44,7 @@ __all__ = [
 # The number is that of the codec: what another one wrote is not read.
 CACHE_PREFIX = "preceptor:cache:1:"
 LEDGER_PREFIX = "preceptor:ledger:1:"
+REPLICAS_PREFIX = "preceptor:replicas:1:"  # in the ledger's Redis, and no part of the ledger (registry.py)
 
 _FSYNC_SECONDS = 5.0  # appendfsync everysec writes after 2 s at the latest, and syncs within another or two
 _log = logging.getLogger(__name__)

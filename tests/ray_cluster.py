@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -93,7 +94,9 @@ def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
         try:
             with urllib.request.urlopen(f"{cluster.dashboard}/api/version", timeout=2):
                 return
-        except OSError:
+        except OSError as error:
+            if isinstance(error, HTTPError) and error.code == 401:
+                return  # a cluster with RAY_AUTH_MODE=token
             if head.poll() is not None or time.monotonic() > end:
                 raise RuntimeError((cluster.folder / "start.log").read_text()) from None
             time.sleep(0.1)

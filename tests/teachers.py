@@ -1,6 +1,7 @@
 """Small deterministic teachers for the tests, and files of their weights. Factories are named "tests.teachers:tiny"."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,18 @@ class Picky(nn.Module):
 
 def picky() -> nn.Module:
     return Picky()
+
+
+class Unhurried(nn.Module):
+    """Answers as `tiny` does, after 20 ms a batch in which it takes no CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return self.net(x)
 
 
 class Pair(nn.Module):

@@ -311,6 +311,14 @@ def test_a_public_address_without_tokens(tmp_path):
     assert "--tokens-file" in found.fix
 
 
+def test_a_replica_that_students_are_not_told_of(tmp_path):
+    shared = {"host": "0.0.0.0", "ledger_redis_url": "redis://127.0.0.1"}
+    (found,) = network.replicas(settings(tmp_path, **shared))
+    assert (found.level, "0.0.0.0" in found.said, "--advertise-address" in found.fix) == ("note", True, True)
+    assert [*network.replicas(settings(tmp_path, **shared, advertise_address="10.0.0.1"))] == []
+    assert [*network.replicas(settings(tmp_path, host="0.0.0.0"))] == [], "nobody shares an embedded ledger"
+
+
 def token_line(token, *words):
     return " ".join([hashlib.sha256(token.encode()).hexdigest(), *words])
 

@@ -1,7 +1,13 @@
-"""What the README shows is run: its Python as it stands, its JSON and its command lines as far as they go."""
+"""What the README shows is run: its Python as it stands, its JSON and its command lines as far as they go.
+
+So are the command lines of docs/ray.md: ours, those that Ray is to run, and Ray's own as far as their options.
+"""
 
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +21,26 @@ from tests.serving import ROOT
 from tests.test_system import small_student
 
 README = (ROOT / "README.md").read_text()
+ON_RAY = (ROOT / "docs/ray.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for kind, content in fenced if kind == language]
+
+
+def commands(text, *programs):
+    """Lines that begin with "$ " and one of these programs, continued ones whole, without the "$ "."""
+    lines = (line for block in blocks("", text) for line in block.replace("\\\n", " ").splitlines())
+    return [line.removeprefix("$ ") for line in lines if line.startswith(tuple(f"$ {name} " for name in programs))]
+
+
+OURS = [*commands(README, "teacher-server", "student-worker"), *commands(ON_RAY, "teacher-server", "student-worker")]
+OURS += [
+    line.partition(" -- python -m ")[2].replace("_", "-", 1)
+    for line in commands(ON_RAY, "ray job submit")
+    if " -- python -m " in line
+]
 
 
 def test_the_five_lines_run_as_they_stand(server):
@@ -45,23 +67,39 @@ def test_the_description_is_one():
     assert list(described.inputs[0].shape) == [3, 224, 224]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        line
-        for block in blocks("")
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith(("$ teacher-server", "$ student-worker"))
-    ],
-)
-def test_command_lines_are_understood(line):
-    program, *words = shlex.split(line.removeprefix("$ ").partition(" > ")[0])
-    commands = TEACHER if program == "teacher-server" else STUDENT
-    name = max((name for name in commands if words[: len(name.split())] == name.split()), key=len)
-    settings, _ = commands[name]
+@pytest.mark.parametrize("line", OURS)
+def test_command_lines_are_understood(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text('job = "second"\n')
+    program, *words = shlex.split(line.partition(" > ")[0])
+    known = TEACHER if program == "teacher-server" else STUDENT
+    name = max((name for name in known if words[: len(name.split())] == name.split()), key=len)
+    settings, _ = known[name]
     settings(_cli_parse_args=words[len(name.split()) :])
+
+
+def test_rays_own_options_are_rays():
+    """Ray is asked in processes of its own: it is imported nowhere here."""
+    lines = commands(ON_RAY, "ray")
+    assert {line.split()[1] for line in lines} == {"start", "job", "stop"}
+    lines += re.findall(r"`(ray job [^`]*)`", ON_RAY)
+    for line in lines:
+        words = shlex.split(line.partition(" -- ")[0])
+        command = [word for word in words[:3] if not word.startswith("-")]
+        ray = Path(sys.executable).parent / "ray"
+        help_ = subprocess.run([ray, *command[1:], "--help"], capture_output=True, text=True, check=True).stdout
+        for option in re.findall(r" (--[\w-]+)", line.partition(" -- ")[0]):
+            assert re.search(rf"{option}\b", help_), line
+
+
+def test_what_kubectl_is_given_is_there():
+    lines = commands(ON_RAY, "kubectl")
+    files = [word for line in lines for word in line.split() if word.endswith(".yaml")]
+    assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("deploy/kubernetes/*.yaml"))
 
 
 def test_every_file_it_names_is_there():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", ON_RAY):
+        assert (ROOT / "docs" / path).exists(), path

@@ -9,7 +9,8 @@ import pytest
 
 from protos.settings import run_command
 from student_worker.config import CompareSettings, TrainSettings
-from teacher_server.config import ServeSettings
+from teacher_server.config import ServeOnRaySettings, ServeSettings
+from teacher_server.ledger_settings import ShowSettings
 
 COMMANDS = {
     "train": (TrainSettings, lambda settings: sys.stdout.write(f"{settings.epochs} {settings.crop}\n") and 0),
@@ -77,6 +78,36 @@ def test_a_password_in_a_url_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert "'http://...@127.0.0.1:4317' (--otlp-endpoint)" in said
     assert "--ledger-redis-url" in said
     assert "secret" not in said
+
+
+SERVE = {"model": "m:m", "weights": "w"}
+
+
+def test_replicas_have_ports_of_their_own():
+    assert (ServeOnRaySettings(**SERVE).grpc_port, ServeOnRaySettings(**SERVE).http_port) == (0, 0)
+    assert ServeOnRaySettings(**SERVE, grpc_port=8001, advertise_address="a:8001").grpc_port == 8001, "there is one"
+    for wrong, said in (
+        ({"min_replicas": 2, "grpc_port": 8001}, "grpc_port: 8001 can be one replica's alone"),
+        ({"max_replicas": 2, "http_port": 8000}, "http_port: 8000 can be one replica's alone"),
+        ({"max_replicas": 2, "advertise_address": "a:8001"}, "advertise_address: a:8001 can be one replica's alone"),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas: 2 is less than --min-replicas 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ServeOnRaySettings(**SERVE, **wrong)
+    assert ServeOnRaySettings(**SERVE, max_replicas=2, advertise_address="a").advertise_address == "a"
+
+
+def test_one_file_serves_all_of_the_servers_commands(tmp_path, capsys):
+    file = tmp_path / "teacher.toml"
+    file.write_text('model = "m:m"\nweights = "w"\nmax_replicas = 4\nledger_redis_url = "redis://127.0.0.1:1"\n')
+    commands = {
+        "serve": (ServeSettings, lambda settings: sys.stdout.write(f"{settings.model} ") and 0),
+        "serve-on-ray": (ServeOnRaySettings, lambda settings: sys.stdout.write(f"{settings.max_replicas} ") and 0),
+        "ledger show": (ShowSettings, lambda settings: sys.stdout.write(f"{settings.audit} ") and 0),
+    }
+    for words in (["serve"], ["serve-on-ray"], ["ledger", "show"]):
+        assert run_command("teacher-server", commands, [*words, "--config", str(file)]) == 0
+    assert capsys.readouterr().out.split() == ["m:m", "4", "False"]
 
 
 def test_an_unknown_flag_is_an_error(capsys):

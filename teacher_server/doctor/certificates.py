@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from teacher_server.addresses import is_loopback
 from teacher_server.config import ServeSettings
 from teacher_server.doctor.findings import Finding, from_error, note, ok, problem
-from teacher_server.server import is_loopback
 from teacher_server.tls import Certificates
 
 _SOON_SECONDS = 14 * 86400

@@ -34,6 +34,7 @@ def _findings(settings: ServeSettings) -> Iterator[Finding]:
         yield from teacher.limits(settings, served.description)
     yield from network.ports(settings)
     yield from network.reach(settings)
+    yield from network.replicas(settings)
     yield from network.tokens(settings)
     yield from certificates.certificates(settings)
     yield from network.collector(settings)

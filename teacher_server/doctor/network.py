@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from teacher_server.addresses import advertised, is_loopback
 from teacher_server.config import ServeSettings
 from teacher_server.doctor.findings import Finding, from_error, note, ok, problem
-from teacher_server.server import is_loopback
 from teacher_server.tokens import ROLES, Token, digest_of, read_tokens
 
 _CONNECT_SECONDS = 2.0
@@ -61,6 +61,13 @@ def reach(settings: ServeSettings) -> Iterator[Finding]:
         yield ok("access", "from this machine only, with a token")
     else:
         yield ok("access", f"on {settings.host}, with a token")
+
+
+def replicas(settings: ServeSettings) -> Iterator[Finding]:
+    """Whether students are told of it by others of its ledger."""
+    if settings.ledger_redis_url is not None and advertised(settings, settings.grpc_port) is None:
+        said = f"--host {settings.host} is all interfaces, so students are not told of this replica by the others"
+        yield note("replicas", said, "give --advertise-address, where students reach it, if there are others")
 
 
 def tokens(settings: ServeSettings) -> Iterator[Finding]:
