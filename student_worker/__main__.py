@@ -16,6 +16,7 @@ from student_worker.config import (
     TrainSettings,
 )
 from student_worker.errors import ClusterError
+from student_worker.sweep_settings import SweepSettings
 
 
 def _runs(name: str) -> Callable[[Any], int]:
@@ -64,6 +65,7 @@ COMMANDS: dict[str, Command] = {
     "train": (TrainSettings, _runs("train_command")),
     "check": (CheckSettings, _runs("check_command")),
     "compare": (CompareSettings, _runs("compare_command")),
+    "sweep": (SweepSettings, _runs("sweep_command")),
     "launch": (LaunchSettings, _asks_a_cluster("launch_command")),
     "launch status": (StatusSettings, _asks_a_cluster("status_command")),
     "launch stop": (StopSettings, _asks_a_cluster("stop_command")),

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +108,7 @@ class TeacherClient:
                     f"cache_namespace: {cache_namespace[:128]!r}; a name is 1 to 128 letters, digits or . _ : / + -, "
                     "as a job's"
                 ) from None
-        self._teacher = teacher
+        self._teacher, self._job = teacher, job
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._namespace = cache_namespace
         self._fingerprint = fingerprint
@@ -215,6 +216,23 @@ class TeacherClient:
             part.add_done_callback(lambda _: self._window.release())
             whole.add(number, part)
         return whole.future
+
+    def spend(
+        self, job: str | None = None, *, since: datetime | None = None, until: datetime | None = None
+    ) -> pb.SpendResponse:
+        """What the ledger says of a job: None is this client's own, "" all those of its tenant; no other's are told.
+
+        One line a UTC day, fingerprint and price: samples asked, computed, cached and coalesced, FLOPs, device time,
+        money. `since` and `until` leave out the days before and after theirs (UTC where they are naive). Every answer
+        that the server asked has given is in it; those of other replicas follow when they post them, within seconds.
+        `budgets` are those that the job draws on. Raises InvalidQuery for a job that cannot be a name.
+        """
+        request = pb.SpendRequest(job=self._job if job is None else job)
+        for field, moment in ((request.since, since), (request.until, until)):
+            if moment is not None:
+                field.FromDatetime(moment)
+        reply: pb.SpendResponse = self._call("Spend", request)
+        return reply
 
     def _part_size(self, inputs: dict[str, Array], description: pb.TeacherDescription) -> int:
         """How many samples to send at once: a few batches, and no more than one lookup may have keys."""

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
 from student_worker.answer_log import AnswerLog
+from student_worker.books import books, spent_since
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
 from student_worker.checkpoints import KINDS, Checkpoints
@@ -30,9 +32,12 @@ from student_worker.errors import BudgetSpent
 from student_worker.lessons import known_labels
 from student_worker.ranks import ALONE, Ranks
 from student_worker.state import State, load_state, state_path
-from student_worker.train import Progress, train
+from student_worker.sweep import prepare, refuse_earlier, trials
+from student_worker.sweep_settings import SweepSettings
+from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
 
+P = ParamSpec("P")
 _BUDGET_SPENT = 3  # exit status
 
 
@@ -103,7 +108,49 @@ def compare_command(settings: CompareSettings) -> None:
     print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
 
 
-def _check(settings: CheckSettings | TrainSettings | CompareSettings, job: str, samples: int) -> pb.TeacherDescription:
+def sweep_command(settings: SweepSettings) -> int:
+    """Exit status 1: a trial failed, or was interrupted; 3: none did, but one was stopped by a spent budget."""
+    from student_worker.ray_sweep import run_trials  # noqa: PLC0415 - needs the ray extra
+    from student_worker.sweep_report import SweepReport  # noqa: PLC0415 - needs the bench extra
+
+    if settings.token is not None and settings.token_file is None:
+        raise ValueError("token: it would have to be sent to the cluster; put it into a file there, for --token-file")
+    made = trials(settings)
+    refuse_earlier(settings)  # told before the teacher is asked anything
+    with ExitStack() as stack:
+        teacher, description = None, pb.TeacherDescription()
+        if any(trial.asks for trial in made):
+            teacher = stack.enter_context(_client(settings, settings.job))
+            description = teacher.describe()
+            try:
+                _check(settings, f"{settings.job}-check", CHECKED_SAMPLES)
+            except BudgetSpent as error:
+                if settings.on_budget_spent == "stop":
+                    tell(f"{settings.job}: no trial was begun, the teacher's budget is spent: {error}")
+                    return _BUDGET_SPENT
+        before = books(teacher)
+        mark, run_trial = prepare(settings, made), partial(_trial, fingerprint=description.fingerprint)
+        outcomes = run_trials(settings, made, run_trial, mark)
+        spent = spent_since(before, made, outcomes, teacher)
+    data = load(settings.dataset, settings.data_directory)
+    report = SweepReport(settings, trials=made, outcomes=outcomes, spent=spent, teacher=description, data=data)
+    print(report.write())  # noqa: T201
+    print(f"\nreport: {settings.output / 'report.json'}\nplot:   {settings.output / 'plot.png'}")  # noqa: T201
+    return report.exit_status
+
+
+def _trial(settings: TrainSettings, *, fingerprint: str, after_step: OnStep, after_epoch: OnEpoch) -> None:
+    """One run of a sweep; it goes on where an earlier attempt of the same sweep was killed."""
+    resumed = _resumed(settings) if settings.resume else None
+    if resumed and resumed.finished:
+        return
+    _clear(settings, resumed)
+    run(settings, fingerprint=fingerprint, resumed=resumed, after_step=after_step, after_epoch=after_epoch)
+
+
+def _check(
+    settings: CheckSettings | TrainSettings | CompareSettings | SweepSettings, job: str, samples: int
+) -> pb.TeacherDescription:
     """Does the teacher understand the data? Before a run it is booked to another job, so that the run's count is its.
 
     Unix asks the same for free while it trains; with few labels it would take it many steps to know.
@@ -194,6 +241,8 @@ def run(
     fingerprint: str = "",
     resumed: State | None = None,
     ranks: Ranks = ALONE,
+    after_step: OnStep = lambda *_: None,
+    after_epoch: OnEpoch = lambda *_: None,
     after_checkpoint: Callable[[State], None] = lambda _: None,
 ) -> Progress:
     """One training run, or one rank's part of it, with its teacher, its checkpoints and what it reports.
@@ -223,10 +272,18 @@ def run(
             fingerprint=fingerprint,
             resumed=resumed,
             ranks=ranks,
-            on_step=on_step,
-            on_epoch=on_epoch,
+            on_step=_both(on_step, after_step),
+            on_epoch=_both(on_epoch, after_epoch),
             on_checkpoint=on_checkpoint,
         )
+
+
+def _both(first: Callable[P, None], then: Callable[P, None]) -> Callable[P, None]:
+    def both(*told: P.args, **more: P.kwargs) -> None:
+        first(*told, **more)
+        then(*told, **more)
+
+    return both
 
 
 def _nothing(*_: Any) -> None:
@@ -236,8 +293,8 @@ def _nothing(*_: Any) -> None:
 def _reports(
     settings: TrainSettings, resumed: State | None, stack: ExitStack
 ) -> tuple[
-    Callable[[int, int, float, Distilled], None],
-    Callable[[Progress, nn.Module, Dataset], None],
+    OnStep,
+    OnEpoch,
     Callable[[], None],
 ]:
     """What a run does after a step and after an epoch: event files, weights, a progress bar on standard error.

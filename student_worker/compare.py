@@ -1,22 +1,16 @@
 """Several methods, the same steps, the same seeds: what does each answer of the teacher buy?"""
 
 import json
-import math
-import platform
 import secrets
 import statistics
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 from prometheus_client.parser import text_string_to_metric_families
 from scipy import stats
 
@@ -25,6 +19,7 @@ from student_worker.config import CompareSettings, Method, TrainSettings
 from student_worker.cost import computation
 from student_worker.data import load
 from student_worker.models import build, flops_per_sample
+from student_worker.report import accuracy_plot, noise, origin, text_table
 from student_worker.tls import Tls
 from student_worker.train import Progress
 
@@ -104,10 +99,7 @@ def compare(settings: CompareSettings, run: Callable[[TrainSettings], Progress],
     summaries = [_summary(each, runs, teacher.flops_per_sample, student_flops, whole) for each in settings.methods]
     report = {
         "settings": settings.model_dump(mode="json"),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("preceptor", "torch", "numpy", "grpcio")},
+        **origin(),
         "items": {"train": len(data.train_x), "test": len(data.test_x)},
         "teacher": {
             "name": teacher.name,
@@ -144,8 +136,9 @@ def _remarks(summaries: Sequence[Summary], settings: CompareSettings, items: int
         )
     else:
         best = max(s.accuracy for s in summaries)
-        error = 1.96 * math.sqrt(2 * best * (1 - best) / items)
-        remarks.append(f"One seed, {items} test items: differences below {100 * error:.1f} points may be noise.")
+        remarks.append(
+            f"One seed, {items} test items: differences below {100 * noise(best, items):.1f} points may be noise."
+        )
     return "\n".join(remarks)
 
 
@@ -160,10 +153,7 @@ def table(summaries: Sequence[Summary]) -> str:
         "of KD's computation, beta 1 | 2",
         "seconds",
     )
-    rows = [head, *map(_row, summaries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table([head, *map(_row, summaries)])
 
 
 def _row(s: Summary) -> tuple[str, ...]:
@@ -269,22 +259,10 @@ def _interval(values: Sequence[float]) -> float | None:
 
 
 def _plot(summaries: Sequence[Summary], teacher_top1: float, title: str, path: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for s, marker in zip(summaries, "osD^v", strict=False):
-        error = None if s.accuracy_interval is None else 100 * s.accuracy_interval
-        label = f"{s.method}: {_points(s.accuracy, s.accuracy_interval)} %"
-        x, y = s.computed / 1000, 100 * s.accuracy
-        axes.errorbar(x, y, yerr=error, fmt=marker, markersize=9, fillstyle="none", markeredgewidth=2, label=label)
-    if teacher_top1:
-        axes.axhline(100 * teacher_top1, color="0.5", linestyle="--", linewidth=1, label=f"teacher: {teacher_top1:.2%}")
-    axes.margins(x=0.1, y=0.1)
-    axes.set_ylim(top=min(100.5, axes.get_ylim()[1]))
-    axes.set_title(title, fontsize="medium")
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    axes.set_xlabel("samples that the teacher computed (thousands)")
-    axes.set_ylabel("student's test accuracy, last epoch (%)")
-    figure.savefig(path, dpi=150)
+    across, up = "samples that the teacher computed (thousands)", "student's test accuracy, last epoch (%)"
+    with accuracy_plot(path, title, teacher_top1, across=across, up=up) as axes:
+        for s, marker in zip(summaries, "osD^v", strict=False):
+            error = None if s.accuracy_interval is None else 100 * s.accuracy_interval
+            label = f"{s.method}: {_points(s.accuracy, s.accuracy_interval)} %"
+            x, y = s.computed / 1000, 100 * s.accuracy
+            axes.errorbar(x, y, yerr=error, fmt=marker, markersize=9, fillstyle="none", markeredgewidth=2, label=label)

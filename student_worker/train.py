@@ -48,6 +48,10 @@ class Progress:
     """What the server said when the teacher's budget was spent; empty while it is not."""
 
 
+OnStep = Callable[[int, int, float, Distilled], None]
+OnEpoch = Callable[[Progress, nn.Module, Dataset], None]
+
+
 def train(
     settings: TrainSettings,
     teacher: Teacher | None,
@@ -56,8 +60,8 @@ def train(
     fingerprint: str = "",
     resumed: State | None = None,
     ranks: Ranks = ALONE,
-    on_step: Callable[[int, int, float, Distilled], None] = lambda *_: None,
-    on_epoch: Callable[[Progress, nn.Module, Dataset], None] = lambda *_: None,
+    on_step: OnStep = lambda *_: None,
+    on_epoch: OnEpoch = lambda *_: None,
     on_checkpoint: Callable[[State], None] = lambda _: None,
 ) -> Progress:
     """One run; returns where it ended. `teacher` may be None for the methods that need none.

@@ -69,12 +69,13 @@ def page(address, path="/metrics", **headers):
         return reply.read().decode()
 
 
-def put(server, path, **body):
-    """A budget, set over HTTP."""
+def put(server, path, *, token="", **body):
+    """A budget, set over HTTP. A server with tokens wants an admin's."""
+    authorization = {"authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(
         f"http://{server.http_address}{path}",
         json.dumps(body).encode(),
-        {"content-type": "application/json"},
+        {"content-type": "application/json"} | authorization,
         method="PUT",
     )
     with urllib.request.urlopen(request, timeout=10) as reply:
