@@ -71,6 +71,9 @@ def test_the_description_is_one():
 def test_command_lines_are_understood(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text('job = "second"\n')
+    teacher = ["model = 'm:f'", "weights = 'w.safetensors'"]
+    teacher += [f"{name}_redis_url = 'redis://127.0.0.1'" for name in ("cache", "ledger")]
+    Path("teacher.toml").write_text("\n".join(teacher))
     program, *words = shlex.split(line.partition(" > ")[0])
     known = TEACHER if program == "teacher-server" else STUDENT
     name = max((name for name in known if words[: len(name.split())] == name.split()), key=len)
