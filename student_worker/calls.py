@@ -96,9 +96,9 @@ class Calls:
         self._replicas.close()
 
     @property
-    def several(self) -> bool:
-        """Whether a query may be moved from one replica to another."""
-        return self._replicas.several
+    def moves(self) -> bool:
+        """Whether a query may be moved from one replica to another, which may come while it is under way."""
+        return self._keeper is not None
 
     def describe(self, teacher: str, fingerprint: str) -> pb.TeacherDescription:
         """The teacher of that name and fingerprint (empty: the only one, any), found at any of the replicas.

@@ -292,7 +292,7 @@ class TeacherClient:
             inputs=[wire.encode_tensor(name, array) for name, array in samples.items()],
             outputs=[self._spec],
             # A query that is moved from one replica to another is charged once if it has an id.
-            request_id=part_id or (f"-/{secrets.token_hex(_DIGEST_BYTES)}" if self._call.several else ""),
+            request_id=part_id or (f"-/{secrets.token_hex(_DIGEST_BYTES)}" if self._call.moves else ""),
             expected_fingerprint=description.fingerprint,
             cache_mode=_CACHE_MODES[how.cache_mode],
             cache_namespace=self._namespace,

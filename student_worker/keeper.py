@@ -9,6 +9,7 @@ import grpc
 from protos import teacher_pb2 as pb
 from student_worker.replica import Link, Replica
 from student_worker.replicas import Replicas
+from student_worker.trace import unrecorded
 
 LIST_SECONDS = 2.0
 """From one look at a server's list to the next."""
@@ -43,8 +44,9 @@ class Keeper:
 
     def _described(self, link: Link) -> Any:
         """The future of a Describe of all teachers there; None where the link is closed already."""
+        metadata = [*self._metadata, *unrecorded()]
         try:
-            return link.stub.Describe.future(pb.DescribeRequest(), timeout=_PROBE_TIMEOUT, metadata=self._metadata)
+            return link.stub.Describe.future(pb.DescribeRequest(), timeout=_PROBE_TIMEOUT, metadata=metadata)
         except ValueError:  # grpc's word for it
             return None
 

@@ -49,12 +49,14 @@ class Replica:
     warned: bool = False  # that nobody was found there
     out_since: float = -math.inf
     fingerprint: str = ""  # of the OTHER teacher
+    waited: float = 0.0
+    """How long it had answered nothing when it was last left for that; 0 once it has answered a call since."""
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     @property
     def p99(self) -> float:
         """Seconds; 0 before the first answer."""
-        return max(self.latencies, default=0.0)
+        return max(self.waited, *self.latencies, 0.0)
 
 
 class Flight(NamedTuple):

@@ -40,6 +40,7 @@ LEAST_PATIENCE = 2.0
 PROBE_SECONDS = 1.0
 """From leaving a replica to its first probe, and from probe to probe."""
 _LONGEST_BREAK = 30.0  # for a replica that answers probes and nothing else, over and over
+_DOUBLINGS = 5  # until that: a number without bound would in the end fit no float
 _MISSED_LISTS = 3  # servers read the list at different times, so one may lack who stands in another's
 
 
@@ -106,9 +107,10 @@ class Replicas:
             replica.latencies.append(now - flight.began)
             flight.link.answered = self.heard = now
             replica.strikes = 0
-            returned = replica.state is not State.IN and flight.began >= replica.out_since  # and not just finishing
-            if returned and self._is_current(replica, flight.link):
-                self._set(replica, State.IN)
+            if self._is_current(replica, flight.link):
+                replica.waited = 0.0
+                if replica.state is not State.IN and flight.began >= replica.out_since:  # and not just finishing
+                    self._set(replica, State.IN)
             done = self._land(flight)
         if done:
             flight.link.close()
@@ -168,8 +170,6 @@ class Replicas:
                 elsewhere = any(one is not replica or one.link is not link for one in self._rotation)
                 if waited <= self._patience(replica) or not elsewhere:
                     continue
-                # The wait counts among its latencies: where all are slow, each is left a few times and no more.
-                replica.latencies.extend([waited] * len(link.flying))
                 after.words.append(
                     (
                         logging.WARNING,
@@ -178,6 +178,7 @@ class Replicas:
                     )
                 )
                 if self._is_current(replica, link):
+                    replica.waited = waited  # where all are slow, each is left a few times and no more
                     if replica.state is State.IN:
                         self._leave(replica)
                     replica.link = self._open(replica)
@@ -275,10 +276,6 @@ class Replicas:
         return self._fingerprint
 
     @property
-    def several(self) -> bool:
-        return len(self._members) > 1
-
-    @property
     def in_rotation(self) -> list[str]:
         with self._lock:
             return [replica.address for replica in self._rotation]
@@ -354,14 +351,14 @@ class Replicas:
         self._changed()
 
     def _leave(self, replica: Replica) -> None:
-        pause = min(PROBE_SECONDS * 2**replica.strikes, _LONGEST_BREAK)
+        pause = min(PROBE_SECONDS * 2 ** min(replica.strikes, _DOUBLINGS), _LONGEST_BREAK)
         replica.strikes += 1
         replica.out_since = self._clock()
         replica.probe_at = replica.out_since + pause
         self._set(replica, State.OUT)
 
     def _is_other(self, replica: Replica, fingerprint: str) -> None:
-        replica.fingerprint = fingerprint
+        replica.fingerprint = fingerprint or replica.fingerprint  # a refused query does not say which it is
         replica.out_since = self._clock()
         replica.probe_at = replica.out_since + PROBE_SECONDS
         self._set(replica, State.OTHER)

@@ -5,6 +5,8 @@ import sys
 
 _SAMPLED = "01"  # a server that records spans shall record this one: there is nobody above us who could have said no
 
+_NOT_SAMPLED = "00"
+
 
 def trace_headers() -> tuple[str, list[tuple[str, str]]]:
     """A trace id of 32 hex digits, and the metadata that carries it.
@@ -23,3 +25,8 @@ def trace_headers() -> tuple[str, list[tuple[str, str]]]:
             return trace.format_trace_id(context.trace_id), list(carrier.items())
     trace_id = secrets.token_hex(16)
     return trace_id, [("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-{_SAMPLED}")]
+
+
+def unrecorded() -> list[tuple[str, str]]:
+    """The metadata of a call, again and again the same, of which nobody wants to see spans."""
+    return [("traceparent", f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-{_NOT_SAMPLED}")]

@@ -142,6 +142,18 @@ def test_what_is_in_flight_at_one_that_hangs_is_moved_at_once_under_the_same_ids
         until(lambda: who(client) == 1)
 
 
+def test_a_query_that_began_when_there_was_one_alone_is_charged_once_when_it_is_moved(fleet):
+    first, second = fleet(Small(1)), fleet(Small(2))
+    first.known = second.known = [first]
+    with TeacherClient(first.address) as client:
+        first.gate.clear()
+        answer = client.submit(pixels(1))
+        assert first.waiting.acquire(timeout=10)
+        first.known = second.known = [first, second]
+        assert answer.result(30).logits[0, 0].item() == 2
+        assert first.ids[0] == second.ids[0] != ""
+
+
 def test_one_added_mid_run_takes_its_share_and_one_that_refuses_loses_it(fleet):
     first, second = fleet(Small(1)), fleet(Small(2))
     first.known = second.known = [first]

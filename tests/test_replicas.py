@@ -179,6 +179,7 @@ def test_without_anybody_in_rotation_those_that_are_out_are_tried_in_turn_and_ot
         flight = replicas.take(1, {B, C} - {address})
         replicas.other(flight, "h")
     assert replicas.all_other()
+    replicas.other(replicas.take(1, {B, C}), "")  # it refuses a query, and does not say what it is
     assert replicas.others() == {A: "g", B: "h", C: "h"}
     assert replicas.asked() == A
     assert replicas.states()[A] is State.IN, "it has changed back"
@@ -291,6 +292,21 @@ def test_where_all_are_slow_each_is_left_a_few_times_and_no_more(make):
     assert 2 <= left <= 4
 
 
+def test_one_that_came_back_and_hangs_again_is_left_as_soon_as_the_first_time(make):
+    replicas = make(A, listed=(A, B))
+    for _ in range(3):
+        while (flight := replicas.call()).replica.address != A:
+            replicas.answered(flight)
+        replicas.later(LEAST_PATIENCE + 0.1)
+        replicas.leave_the_hung()
+        assert flight.link.left
+        replicas.dropped(flight)
+        replicas.later(PROBE_SECONDS)
+        replicas.probe(A)
+        while replicas.asked() != A:
+            pass
+
+
 def test_one_that_answers_probes_and_nothing_else_is_tried_ever_more_rarely(make):
     replicas = make(A, listed=(A, B))
     broken = replicas.member(A)
@@ -303,6 +319,10 @@ def test_one_that_answers_probes_and_nothing_else_is_tried_ever_more_rarely(make
             replicas.probe(A)
         pauses.append(replicas.clock.now - began)
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30], abs=0.5)
+    broken.strikes = 2000  # after some seventeen hours
+    replicas._leave(broken)
+    replicas.later(30)
+    replicas.probe(A)
     while replicas.asked() != A:
         pass
     assert broken.strikes == 0
