@@ -1,5 +1,7 @@
 """The access log: one line a call of the contract and one an HTTP request, when it has ended.
 
+A Describe that goes well is for debugging only: each student of several replicas asks every 2 s who there is.
+
 Never in it: tokens or any other header, samples, answers, query strings.
 """
 
@@ -65,6 +67,13 @@ def of_reply(reply: Reply | None) -> dict[str, Any]:
 
 def log_call(ended: Ended) -> None:
     """Its line: an error where it failed for a fault of ours, information otherwise."""
+    level = logging.INFO
+    if ended.code == code_pb2.INTERNAL:
+        level = logging.ERROR
+    elif ended.call == "Describe" and ended.code == code_pb2.OK:
+        level = logging.DEBUG
+    if not _log.isEnabledFor(level):
+        return
     trail = ended.trail
     queued, computing = trail.waited()
     fields = {
@@ -83,7 +92,7 @@ def log_call(ended: Ended) -> None:
     }
     if ended.reason:
         fields["reason"] = ended.reason
-    _log.log(logging.ERROR if ended.code == code_pb2.INTERNAL else logging.INFO, "call", extra=fields)
+    _log.log(level, "call", extra=fields)
 
 
 class LoggedRequests:

@@ -125,7 +125,7 @@ def test_a_query_is_a_trace_from_its_caller_to_the_books(tmp_path):
 
 
 def test_the_callers_wish_not_to_be_recorded_is_followed_and_who_says_nothing_is(tmp_path, caplog):
-    with traced(tmp_path) as (_, stub, collector), caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"), traced(tmp_path) as (_, stub, collector):
         stub.Describe(pb.DescribeRequest(), metadata=[("traceparent", f"{TRACEPARENT[:-2]}00")])
         stub.Describe(pb.DescribeRequest())
     (call,) = collector.spans

@@ -6,7 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -17,7 +17,8 @@ from student_worker.tls import GREETING
 from teacher_server.tls import Certificates
 from tests.asking import pixels
 from tests.certificates import Authority, served_with, showing
-from tests.serving import arguments, free_port, serving
+from tests.redis_servers import AOF, running
+from tests.serving import arguments, free_port, serving, until
 
 HOST = "127.0.0.1"
 NOT_LET_IN = r"(?i)alert|reset|EOF|closed"  # whichever reaches the client first
@@ -158,6 +159,32 @@ def test_one_replica_that_is_not_trusted_is_told_of_and_the_other_asked(tls, wor
         assert f"{other.grpc_address}: its certificate is not accepted" in caplog.text
         with pytest.raises(NotTrusted, match="certificate is not accepted"):
             ask([other.grpc_address, other.grpc_address.replace(HOST, "localhost")], ca_file=world.ours.file)
+
+
+def test_replicas_that_a_server_tells_of_show_certificates_of_their_own(world, tmp_path, caplog):
+    """One address is given; of the two others that it tells of, one shows a certificate that nobody trusts."""
+    (tmp_path / "redis").mkdir()
+    port = free_port()
+
+    def replica(name, authority):
+        settings = arguments(tmp_path) | served_with(authority.issue(HOST, into=name))
+        return serving(**settings, state_directory=tmp_path / name, ledger_redis_url=f"redis://127.0.0.1:{port}")
+
+    with (
+        running(tmp_path / "redis", *AOF, "--port", str(port)),
+        replica("other", world.ours) as other,
+        replica("stranger", world.theirs) as stranger,
+        ExitStack() as stack,
+    ):
+        given = stack.enter_context(replica("given", world.ours))
+        client = stack.enter_context(TeacherClient(given.grpc_address, ca_file=world.ours.file, timeout=60))
+        client.describe()
+        until(lambda: client._call._replicas.in_rotation == [given.grpc_address, other.grpc_address])
+        until(lambda: f"{stranger.grpc_address}: is listed as a replica, but cannot be used" in caplog.text)
+        assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
+        for _ in range(4):
+            assert len(client.label(pixels(3), cache_mode="bypass").sources) == 3
+        assert all(client._call._replicas._members[one.grpc_address].latencies for one in (given, other))
 
 
 def test_a_connection_closed_without_a_word_is_tried_again(world):
