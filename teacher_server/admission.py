@@ -178,8 +178,8 @@ def _check_teacher_and_namespace(
     if request.expected_fingerprint not in ("", description.fingerprint):
         raise OtherFingerprint(
             f"expected_fingerprint: teacher {description.name!r} is {description.fingerprint}, not "
-            f"{request.expected_fingerprint}; its weights, factory, preprocessing or precision changed, so begin a new "
-            "run with it"
+            f"{request.expected_fingerprint}; its weights, factory, preprocessing or precision changed; bring "
+            "that teacher back, or begin a new run"
         )
     if request.cache_namespace:
         try:

@@ -11,10 +11,12 @@ everything has all of them again a second after it answers, and until it has, no
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from contextlib import suppress
+from typing import NoReturn, Self
 
 from redis.exceptions import ResponseError
 
@@ -38,6 +40,9 @@ for _, lapsed in ipairs(redis.call('ZRANGEBYSCORE', live, '-inf', now)) do
   redis.call('ZREM', live, lapsed)
   redis.call('HDEL', about, lapsed)
 end
+for _, ahead in ipairs(redis.call('ZRANGEBYSCORE', live, '(' .. now + ARGV[4], '+inf')) do
+  redis.call('ZADD', live, now + ARGV[4], ahead)  -- the clock was set back: it is not to be live for as long
+end
 local new = redis.call('ZADD', live, now + ARGV[4], ARGV[2])
 if redis.call('HGET', about, ARGV[2]) ~= ARGV[3] then
   redis.call('HSET', about, ARGV[2], ARGV[3])
@@ -50,6 +55,7 @@ if redis.call('HGET', ARGV[1] .. 'about', ARGV[2]) == ARGV[3] then  -- else anot
   redis.call('HDEL', ARGV[1] .. 'about', ARGV[2])
 end
 """
+_ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):[1-9]\d{0,4}")  # a gRPC target may be much else
 _log = logging.getLogger(__name__)
 
 
@@ -77,6 +83,7 @@ class Registry:
         self._others: dict[str, pb.Replica] = {}
         self._complete_at = 0.0
         """When all have had time to come back to a Redis that had forgotten this one."""
+        self._unread = False
         self._heard = clock()
         self._registered = False
         self._failing = False
@@ -127,16 +134,25 @@ class Registry:
             _log.info("replicas: told of again")
         self._failing = False
         self._heard = now = self._clock()
-        entries: list[dict[str, Any]] = [json.loads(entry) for entry in found]
         # Another machine's loopback is somebody else's port here; and whoever asks an address that all can reach may
         # be anywhere.
         others = {
-            entry["address"]: pb.Replica(
-                address=entry["address"], teacher=entry["teacher"], fingerprint=entry["fingerprint"]
-            )
-            for entry in entries
-            if entry["reach"] in {"", self._reach} and entry["address"] != self.address
+            replica.address: replica
+            for replica, reach in filter(None, map(self._read, found))
+            if reach in {"", self._reach} and replica.address != self.address
         }
         if new and self._registered:
             self._complete_at = now + LIVE_SECONDS
         self._others = others if now >= self._complete_at else self._others | others
+
+    def _read(self, entry: bytes) -> tuple[pb.Replica, str] | None:
+        """A replica, and its reach; None for what none of ours wrote, which is no reason to tell of nobody."""
+        with suppress(ValueError, TypeError, KeyError):
+            about = json.loads(entry)
+            replica = pb.Replica(**{field: about[field] for field in ("address", "teacher", "fingerprint")})
+            if _ADDRESS.fullmatch(replica.address):
+                return replica, about["reach"]
+        if not self._unread:
+            _log.warning("replicas: Redis has an entry that is none, %.200r; such are left out", entry)
+        self._unread = True
+        return None

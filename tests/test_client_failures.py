@@ -129,7 +129,7 @@ def test_a_run_stops_when_another_teacher_answers(tmp_path):
         other[0].weight.mul_(1.01)
     weights = save(other, tmp_path / "other.safetensors", TINY)
     with serving(**arguments(tmp_path) | {"grpc_port": port, "weights": weights}), client:
-        with pytest.raises(FingerprintChanged, match="precision changed, so begin a new run"):
+        with pytest.raises(FingerprintChanged, match="precision changed; bring that teacher back, or begin a new run"):
             client.label(pixels(1))
 
 

@@ -89,6 +89,42 @@ def test_who_is_heard_of_no_more_lapses_by_the_clock_of_redis(redis):
     asyncio.run(main())
 
 
+def test_who_beat_before_the_clock_of_redis_was_set_back_is_not_live_for_as_long(redis):
+    async def main():
+        async with registered(redis, replica(1), replica(2)) as (first, second):
+            await stop(second)
+            live = f"{REPLICAS_PREFIX}live"
+            await first._store.command("ZINCRBY", live, "3600000", second._member)
+            await first._beat()
+            own, other = [await first._store.command("ZSCORE", live, one._member) for one in (first, second)]
+            assert float(other) == float(own)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "no JSON",
+        "[]",
+        '{"address": "10.0.0.9:1"}',
+        '{"address": 7, "teacher": "t", "fingerprint": "f", "reach": ""}',
+        '{"address": "unix:/run/theirs.sock", "teacher": "t", "fingerprint": "f", "reach": ""}',
+        '{"address": "10.0.0.9", "teacher": "t", "fingerprint": "f", "reach": ""}',
+    ],
+)
+def test_what_is_no_entry_is_left_out_and_the_others_are_told_of(redis, entry, caplog):
+    async def main():
+        async with registered(redis, replica(1), replica(2)) as (first, _):
+            await first._store.command("HSET", f"{REPLICAS_PREFIX}about", "odd", entry)
+            await first._beat()
+            await first._beat()
+            assert addresses(first) == ["10.0.0.1:1", "10.0.0.1:2"]
+            assert "such are left out" in caplog.text
+
+    asyncio.run(main())
+
+
 def test_a_redis_that_has_lost_everything_is_told_everything_again(redis):
     now = [0.0]
 
