@@ -134,7 +134,7 @@ def test_a_run_stops_when_another_teacher_answers(tmp_path):
 
 
 def test_every_source_and_cache_mode_has_a_name_here():
-    assert set(answer._SOURCES) == set(pb.Source.values()) - {pb.SOURCE_UNSPECIFIED}
+    assert set(answer.SOURCES) == set(pb.Source.values()) - {pb.SOURCE_UNSPECIFIED}
     assert set(client_module._CACHE_MODES.values()) == set(pb.CacheMode.values()) - {pb.CACHE_MODE_UNSPECIFIED}
     assert set(client_module._ENCODINGS.values()) == set(pb.Encoding.values()) - {pb.ENCODING_UNSPECIFIED}
 
