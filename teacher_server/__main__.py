@@ -41,7 +41,8 @@ def _serve(settings: ServeSettings) -> int:
 def _serve_on_ray(settings: ServeOnRaySettings) -> int:
     try:
         from teacher_server.log_lines import logging_to
-        from teacher_server.ray_replicas import ReplicaFailed, serve_on_ray
+        from teacher_server.ray_fleet import serve_on_ray
+        from teacher_server.ray_replicas import ReplicaFailed
     except ModuleNotFoundError as error:
         print(f"teacher-server: {error}; install Preceptor with its [server] and [ray] extras", file=sys.stderr)
         return 1
