@@ -237,3 +237,20 @@ def test_what_cannot_serve_is_said_and_ends_the_command(place, tmp_path):
     with Command(os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}, **place.settings) as command:
         assert command.process.wait(60) == 1
         assert re.search(r"ray_address: no Ray cluster at 127\.0\.0\.1:\d+ .*ray start --head", command.said)
+
+
+def test_a_command_to_which_nobody_listens_any_more_ends(place):
+    reading, writing = os.pipe()
+    os.close(reading)
+    flags = [part for key, value in place.settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "teacher_server", "serve-on-ray", *flags]
+    environment = place.cluster.environment
+    try:
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    finally:
+        os.close(writing)
+    assert ended.returncode
+    assert b"Broken pipe" in ended.stderr
+    until(lambda: not alive(place.cluster))
