@@ -18,7 +18,7 @@ from student_worker.answer_log import AnswerLog
 from student_worker.books import books, spent_since
 from student_worker.check import check
 from student_worker.checkpoint import checkpoint_path, save_checkpoint
-from student_worker.checkpoints import KINDS, Checkpoints
+from student_worker.checkpoints import KINDS, PATIENCE, Checkpoints, held
 from student_worker.client import TeacherClient
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -44,9 +44,14 @@ _BUDGET_SPENT = 3  # exit status
 def train_command(settings: TrainSettings) -> int:
     """Exit status 3: the run was stopped by a spent budget."""
     if settings.num_workers:
-        from student_worker.ray_train import on_workers, placed  # noqa: PLC0415 - needs the ray extra
+        from student_worker.ray_train import placed  # noqa: PLC0415 - needs the ray extra
 
         settings = placed(settings)
+    with held(settings.output):
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> int:
     resumed = _resumed(settings) if settings.resume else None
     _earlier_files(settings, resumed)  # told before the teacher is asked anything
     spent = fingerprint = ""
@@ -69,6 +74,8 @@ def train_command(settings: TrainSettings) -> int:
         if resumed and resumed.fingerprint:
             with _client(settings, settings.job, resumed.fingerprint) as teacher:
                 teacher.describe()  # where another teacher answers, this fails here, and not on every worker
+        from student_worker.ray_train import on_workers  # noqa: PLC0415 - needs the ray extra
+
         progress = on_workers(settings, spent, fingerprint)
     else:
         progress = _run(settings, spent, resumed)
@@ -141,11 +148,12 @@ def sweep_command(settings: SweepSettings) -> int:
 
 def _trial(settings: TrainSettings, *, fingerprint: str, after_step: OnStep, after_epoch: OnEpoch) -> None:
     """One run of a sweep; it goes on where an earlier attempt of the same sweep was killed."""
-    resumed = _resumed(settings) if settings.resume else None
-    if resumed and resumed.finished:
-        return
-    _clear(settings, resumed)
-    run(settings, fingerprint=fingerprint, resumed=resumed, after_step=after_step, after_epoch=after_epoch)
+    with held(settings.output, patience=PATIENCE):
+        resumed = _resumed(settings) if settings.resume else None
+        if resumed and resumed.finished:
+            return
+        _clear(settings, resumed)
+        run(settings, fingerprint=fingerprint, resumed=resumed, after_step=after_step, after_epoch=after_epoch)
 
 
 def _check(

@@ -114,13 +114,19 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """stop: the run ends, its checkpoint is written, exit status 3. hard-labels: the other steps learn from labels."""
 
 
-class WorkersConfig(BaseModel, use_attribute_docstrings=True):
+class FailuresConfig(BaseModel, use_attribute_docstrings=True):
+    """What becomes of a run on a cluster where a part of it is lost."""
+
+    max_failures: int = Field(default=3, ge=-1)
+    """How often lost workers, or a failed trial of a sweep, are begun again, and go on from their last state; -1: each
+    time."""
+
+
+class WorkersConfig(FailuresConfig):
     """Where the student is trained: in this process, or by several workers on a Ray cluster."""
 
     num_workers: int = Field(default=0, ge=0)
     """Workers under Ray Train that train the one student, each on its part of every batch; 0 trains in this process."""
-    max_failures: int = Field(default=3, ge=-1)
-    """How often lost workers are replaced, and the run resumed from its last checkpoint; -1: each time."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray sets aside for each worker; also a GPU where device is cuda, or auto and the cluster has enough."""
     sync_batch_norm: bool = False

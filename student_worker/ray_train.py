@@ -20,7 +20,7 @@ import ray.train
 import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-from student_worker.checkpoints import Checkpoints
+from student_worker.checkpoints import PATIENCE, Checkpoints, held
 from student_worker.commands import run, tell
 from student_worker.config import TrainSettings
 from student_worker.data import load
@@ -130,7 +130,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if config["code"] not in sys.path:
         sys.path.append(config["code"])
     settings = TrainSettings(**config["settings"])
-    with joined() as ranks:
+    with joined() as ranks, held(settings.output, f".lock-rank{ranks.rank}", PATIENCE):
         try:
             progress = _run(settings, config, ranks)
         except TeacherError as error:

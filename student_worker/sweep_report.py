@@ -125,22 +125,24 @@ class SweepReport:
         asked = sum(self._spent[trial.number]["asked"] for trial in self._sharing())
         said = (
             f"Sharing saved {alone - computed:,} answers: of {asked:,} asked about, each trial with a cache for itself "
-            f"would have had {alone:,} computed, together they had {computed:,}"
+            f"would have had {alone:,} computed, all together had {computed:,}"
         )
         if bank := self._bank():
             said += f", {computed / bank:.3f} of the {bank:,} in the bank of views"
         if saved := (alone - computed) * self._teacher.price.nanos_per_sample:
             said += f"; that is {_money(saved, self._teacher.price.currency)}"
         remarks = [f"{said}."]
-        if computed > alone:
+        partly = len(self._sharing()) < sum(not trial.mixes for trial in asking)
+        if computed > alone and not partly:
             remarks.append(
                 "More were computed than that: the server keeps no cache, or it was too small for the views."
             )
         if any(trial.mixes for trial in asking):
             remarks.append(f"Of the trials that mix, sharing saved 0: {why}.")
-        if len(self._sharing()) < sum(not trial.mixes for trial in asking):
+        if partly:
             remarks.append(
-                "What sharing saved leaves out trials that failed, were resumed or did not end; the spend does not."
+                "Trials that failed, were resumed or did not end count with what was computed for them, and not with "
+                "what each would have had computed alone: sharing saved that much at least."
             )
         return remarks
 
@@ -176,7 +178,8 @@ class SweepReport:
         return sum(self._outcomes[trial.number].alone or 0 for trial in self._sharing())
 
     def _computed(self) -> int:
-        return sum(self._spent[trial.number]["computed"] for trial in self._sharing())
+        """For all who may share, also those of which `alone` is not known: the others have these answers from them."""
+        return sum(self._spent[trial.number]["computed"] for trial in self._trials if trial.asks and not trial.mixes)
 
     def _bank(self) -> int:
         """How many views there are that the sharing trials may show; 0 where those are not one bank."""

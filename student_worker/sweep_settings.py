@@ -7,11 +7,21 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from protos.settings import Settings
-from student_worker.config import DataConfig, Method, TeacherConfig, TrainConfig, TrainSettings, UnixConfig
+from student_worker.config import (
+    DataConfig,
+    FailuresConfig,
+    Method,
+    TeacherConfig,
+    TrainConfig,
+    TrainSettings,
+    UnixConfig,
+)
 from student_worker.space import points
 
 
-class SweepSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings, env_prefix="STUDENT_"):
+class SweepSettings(
+    DataConfig, TeacherConfig, UnixConfig, TrainConfig, FailuresConfig, Settings, env_prefix="STUDENT_"
+):
     """Train many students at once on a Ray cluster, with one teacher; compare what each value of a knob buys.
 
     Ray is found as Ray finds it: RAY_ADDRESS, else a cluster on this machine, else one is started for the sweep. Every
@@ -34,8 +44,6 @@ class SweepSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, Settings
     """Trials at a time, at most; 0 = as many as the cluster has CPUs and GPUs for."""
     cpus_per_trial: float = Field(default=1.0, ge=0)
     """CPUs that Ray sets aside for each."""
-    max_failures: int = Field(default=0, ge=-1)
-    """Times that a failed trial may go on from the end of its last epoch, as where its node is taken away; -1: each."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs, or a share of one, for each; with 0, --device auto is the CPU."""
     asha: bool = False

@@ -140,6 +140,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     # What is imported at its first use takes longer than such a run trains, so the children are born with it.
     load("digits")
+    importlib.import_module("student_worker.commands")
     importlib.import_module("torch._dynamo")
     for line in sys.stdin:
         child = os.fork()

@@ -163,3 +163,43 @@ def test_synchronised_batch_norm_learns_one_workers_gradients(tmp_path):
         if "running" in name:
             torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(first["weights"][name], second["weights"][name])
+
+
+APART = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from student_worker import checkpoints
+from student_worker.config import TrainSettings
+from student_worker.ranks import joined
+from student_worker.state import State, state_path
+
+folder, rank = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=2)
+settings = TrainSettings(method="hard", output=Path(folder) / f"of-rank-{rank}")
+checkpoints.PATIENCE = 0.5
+state = State({"settings": settings.deciding(), "epoch": 0}, {"lessons": {"steps": 0, "unix": None}})
+with joined() as ranks:
+    for act in (lambda kept: kept.save(state, None), lambda kept: kept.load()):
+        try:
+            act(checkpoints.Checkpoints(settings, ranks))
+        except ValueError as error:
+            print(error, flush=True)
+"""
+
+
+def test_ranks_that_do_not_share_a_folder_say_so(tmp_path):
+    """Else the run would seem to be safe, and where it is resumed some ranks would go on while others begin."""
+    command = [sys.executable, "-c", APART, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, **pipes) for rank in range(2)]
+    try:
+        first, second = (rank.communicate(timeout=60)[0].splitlines() for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    (apart,) = first
+    assert apart == f"output: 1 of 2 workers see {tmp_path}/of-rank-0/state.pt; give an --output that all nodes share"
+    assert second[0].startswith(f"output: rank 0 wrote {tmp_path}/of-rank-1/state.pt, which is not there on ")
+    assert second[1].startswith("output: 1 of 2 workers see ")

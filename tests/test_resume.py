@@ -1,22 +1,16 @@
 """A run that is killed with SIGKILL, wherever that is, and resumed ends with the weights of one that was not."""
 
-import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-import torch
-from blake3 import blake3
 from redis import Redis
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_worker.__main__ import main
-from student_worker.config import TrainSettings
-from student_worker.state import load_state
 from tests.asking import put
 from tests.dying import POINTS, mortals
 from tests.redis_servers import AOF, running
@@ -150,6 +144,18 @@ def test_killed_and_resumed_is_never_killed(server, student, undisturbed, tmp_pa
     assert ended(output) == whole
 
 
+@pytest.mark.parametrize("number", [3, 4])
+def test_killed_where_a_step_that_keeps_a_state_ends_an_epoch(server, student, undisturbed, tmp_path, number):
+    """Before the state behind the epoch's last step, and between that and the epoch's own."""
+    output = tmp_path / f"boundary-{number}"
+    put(server, f"/v1/budgets/default/jobs/{output.name}", unit="samples", limit=ASKED)
+    life = [*command(server, output, "--depth", 1), "--checkpoint-steps", 23]
+    assert student(*life, point="before an epoch's state", number=number - 1)[0] == -9
+    status, said = student(*life, "--resume")
+    assert status == 0, said
+    assert ended(output) == undisturbed("--depth", 1)
+
+
 def test_a_cache_that_forgets_changes_nothing(server, student, undisturbed, tmp_path):
     """Clean views, each asked about twice: by themselves, such answers come from the cache."""
     options = ("--mixing", "none", "--views", 1, "--depth", 1)
@@ -221,21 +227,23 @@ def test_what_was_learnt_before_the_kill_is_learnt_again_whoever_answers_now(
     put(noisy, f"/v1/budgets/default/jobs/{output.name}", unit="samples", limit=ASKED)
     life = command(noisy, output, "--depth", depth, "--checkpoint-steps", every)
     assert student(*life, trace=tmp_path / "first", point=point, number=number)[0] == -9
-    shutil.copytree(output, tmp_path / "forgetful")
     status, said = student(*life, "--resume", trace=tmp_path / "second")
     assert status == 0, said
     first, second = ((tmp_path / name).read_text().split() for name in ("first", "second"))
     assert (len(first), len(second)) == (learnt, STEPS - resumed_from)
     assert second[: learnt - resumed_from] == first[resumed_from:]
 
-    # The control: without the answers it would not be so, and it would cost more.
-    put(noisy, f"/v1/budgets/default/jobs/{output.name}", unit="samples", limit=2 * ASKED)
-    (tmp_path / "forgetful" / "answers.log").unlink()
-    forgetful = [*life, "--resume", "--output", tmp_path / "forgetful"]
-    assert student(*forgetful, trace=tmp_path / "third", point=STEP, number=6)[0] == -9
-    third = (tmp_path / "third").read_text().split()
-    assert len(third) == 5
-    assert third[-1] != first[resumed_from + 4]
+
+def test_without_its_answers_a_run_would_be_another_and_cost_more(noisy, student, tmp_path):
+    """The control: this teacher does give other answers, and they do change what is learnt."""
+    output = tmp_path / "forgetful"
+    life = command(noisy, output, "--depth", 0)
+    assert student(*life, trace=tmp_path / "first", point=STEP, number=16)[0] == -9
+    (output / "answers.log").unlink()
+    assert student(*life, "--resume", trace=tmp_path / "second", point=STEP, number=6)[0] == -9
+    first, second = ((tmp_path / name).read_text().split() for name in ("first", "second"))
+    assert (len(first), len(second)) == (15, 5)
+    assert second[0] != first[10]
 
 
 # ---------------------------------------------------------------- a budget that is spent on the way
@@ -280,95 +288,7 @@ def test_a_run_that_went_over_to_labels_stays_with_them(server, student, tmp_pat
     assert runs[0][1]["taught"] < 16
 
 
-# ---------------------------------------------------------------- what can be resumed, and what not
-
-
-@pytest.fixture(scope="module")
-def finished(student, tmp_path_factory):
-    """A run from labels that has ended, whose files are not to be changed, and its command."""
-    output = tmp_path_factory.mktemp("finished")
-    life = ["train", "--method", "hard", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", 2, "--seed", 3]
-    life = [*life, "--output", output]
-    status, said = student(*life)
-    assert status == 0, said
-    return output, life
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_run_that_has_ended_says_so(student, finished):
-    output, life = finished
-    before = files(output)
-    status, said = student(*life, "--resume", "--teacher-address", "nobody:1")
-    assert status == 0
-    assert "train: had ended already, with 46 steps" in said
-    assert re.search(r"train \(hard\): test accuracy \d\d\.\d\d% after 46 steps", said)
-    assert files(output) == before
-    status, said = student(*life)
-    assert status == 1
-    assert "or --resume to go on with that run" in said
-    assert files(output) == before
-
-
-def test_where_nothing_is_to_be_resumed_it_begins(student, tmp_path):
-    life = ["train", "--method", "hard", "--dataset", "digits", "--student", "cnn-tiny", "--epochs", 1]
-    life = [*life, "--output", tmp_path / "run", "--resume"]
-    assert student(*life, point="while the state is written", number=1)[0] == -9
-    assert not list((tmp_path / "run").glob("state.pt"))
-    status, said = student(*life)
-    assert status == 0
-    assert f"train: nothing to resume, there is no {tmp_path / 'run' / 'state.pt'}; begins" in said
-    (tmp_path / "run" / "state.pt").unlink()
-    status, said = student(*life)  # epochs without a state are of a run that nobody can go on with
-    assert status == 1
-    assert "holds another run's files" in said
-    assert student(*life, "--overwrite")[0] == 0
-
-
-def test_other_settings_are_another_run(student, finished, tmp_path):
-    output, life = finished
-    before = files(output)
-    status, said = student(*life, "--resume", "--seed", 4, "--learning-rate", 0.2, "--job", "mine")
-    assert status == 1
-    assert "job was 'train' and is 'mine'; learning_rate was 0.1 and is 0.2; seed was 3 and is 4." in said
-    assert files(output) == before
-    free = ["--teacher-address", "a:1", "--checkpoint-steps", 7, "--teacher-timeout", 3, "--overwrite", "--tls"]
-    status, said = student(*life, "--resume", *free)
-    assert status == 0, said
-    moved = shutil.copytree(output, tmp_path / "moved")
-    assert student(*life, "--resume", "--output", moved)[0] == 0
-
-
-def test_every_setting_is_known_to_decide_or_not():
-    """A new one decides, unless somebody says that it does not: then a run is refused, and not another in silence."""
-    assert set(TrainSettings.model_fields) - TrainSettings.free_on_resume == set(TrainSettings().deciding())
-    assert TrainSettings.free_on_resume <= set(TrainSettings.model_fields)
-    assert {"seed", "job", "threads", "device", "cache_namespace", "dataset"} <= set(TrainSettings().deciding())
-
-
-def test_a_damaged_state_or_another_versions_is_refused(finished, tmp_path):
-    output, _ = finished
-    settings = TrainSettings(method="hard", dataset="digits", student="cnn-tiny", epochs=2, seed=3)
-    content = (output / "state.pt").read_bytes()
-    path = tmp_path / "state.pt"
-    path.write_bytes(content)
-    assert load_state(path, settings).finished
-    for place in (0, 30, len(content) // 2, len(content) - 30):
-        path.write_bytes(content[:place])
-        with pytest.raises(ValueError, match=r"state\.pt is damaged"):
-            load_state(path, settings)
-        spoilt = bytearray(content)
-        spoilt[place] ^= 255
-        path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match=r"state\.pt is damaged"):
-            load_state(path, settings)
-    later = io.BytesIO()
-    torch.save({"version": 2, "shared": {}, "own": {}}, later)
-    path.write_bytes(later.getvalue() + blake3(later.getvalue()).digest(length=16))
-    with pytest.raises(ValueError, match="has version 2, this program reads version 1: resume with the program that"):
-        load_state(path, settings)
+# ---------------------------------------------------------------- what else stays as it was
 
 
 def test_another_teacher_is_refused_and_the_state_stays(server, noisy, student, undisturbed, tmp_path):

@@ -14,6 +14,7 @@ from protos import teacher_pb2 as pb
 from student_worker import TeacherClient
 from student_worker.__main__ import main
 from student_worker.books import Books
+from student_worker.config import TrainSettings
 from student_worker.data import load
 from student_worker.errors import InvalidQuery
 from student_worker.models import build
@@ -115,9 +116,15 @@ def test_each_trial_is_a_run_with_its_own_job_and_folder(tmp_path, monkeypatch):
         assert trial.settings.token is None, "a token is not sent"
         assert (trial.settings.views, trial.settings.view_seed) == (4, 0)
         assert trial.settings.device == "cpu"
-        assert not trial.settings.resume
+        assert trial.settings.resume
     assert trials(settings(gpus_per_trial=0.5))[0].settings.device == "auto"
-    assert trials(settings(max_failures=1))[0].settings.resume
+    assert not trials(settings(max_failures=0))[0].settings.resume
+
+
+def test_a_knob_of_train_and_sweep_has_one_default():
+    shared = SweepSettings.model_fields.keys() & TrainSettings.model_fields.keys() - {"config", "output", "job"}
+    for name in shared:
+        assert SweepSettings.model_fields[name].default == TrainSettings.model_fields[name].default, name
 
 
 def test_another_sweeps_files_are_neither_mixed_nor_lost(tmp_path):
@@ -263,7 +270,7 @@ def test_what_sharing_saved_is_what_each_alone_would_have_had_computed_less_what
     assert made.exit_status == 0
     assert (
         f"Sharing saved 3,500 answers: of 10,000 asked about, each trial with a cache for itself would have had 8,000 "
-        f"computed, together they had 4,500, {4500 / (4 * N):.3f} of the {4 * N:,} in the bank of views; that is "
+        f"computed, all together had 4,500, {4500 / (4 * N):.3f} of the {4 * N:,} in the bank of views; that is "
         "0.0035 EUR."
     ) in text
     assert "All at equal steps, 92." in text
@@ -292,6 +299,15 @@ def test_mixing_and_sharing_trials_are_told_apart(tmp_path):
     assert written["total"]["saved_by_sharing"] == 500
 
 
+def test_what_a_resumed_trial_had_computed_for_all_is_not_saved(tmp_path):
+    """The other one has nearly all of its answers from it; the bank of views was computed all the same."""
+    lines = [line("s-0000", 5000, 4000, 1000), line("s-0001", 5000, 100, 4900)]
+    _, text, written = report(tmp_path, [outcome(alone=None), outcome(alone=4000)], lines)
+    assert written["total"]["saved_by_sharing"] == 4000 - 4100
+    assert f"{4100 / (4 * N):.3f} of the {4 * N:,} in the bank of views" in text
+    assert "the server keeps no cache" not in text
+
+
 def test_a_server_without_a_cache_is_noticed(tmp_path):
     _, text, _ = report(tmp_path, [outcome()], [line("s-0000", 5000, 5000)])
     assert "Sharing saved -1,000 answers" in text
@@ -316,8 +332,8 @@ def test_trials_that_did_not_end_as_the_others_are_marked(tmp_path):
     assert "ASHA ended 1 trials early, by validation" in text
     assert "Trial 2 failed: ValueError: no such student" in text
     assert "Trial 5 failed: OutOfMemoryError: killed" in text
-    assert "What sharing saved leaves out trials that failed, were resumed or did not end; the spend does not." in text
-    assert "Sharing saved 11,700 answers: of 15,000 asked about" in text
+    assert "Trials that failed, were resumed or did not end count with what was computed for them, and not with" in text
+    assert "Sharing saved 11,300 answers: of 15,000 asked about" in text
     assert written["total"]["computed"] == 700
     assert made.exit_status == 1
     spent, _, _ = report(tmp_path, [outcomes[0], outcomes[1], outcomes[3]], lines, asha=True)
