@@ -21,14 +21,15 @@ import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
 from student_worker.checkpoints import PATIENCE, Checkpoints, held
-from student_worker.commands import run, tell
 from student_worker.config import TrainSettings
 from student_worker.data import load
 from student_worker.errors import TeacherError
 from student_worker.models import build
 from student_worker.ranks import Ranks, joined
+from student_worker.run import run, tell
 from student_worker.state import State
 from student_worker.train import Progress
+from student_worker.travel import absolute_paths, refuse_token
 
 _RAYS_FOLDER = "ray-train"  # in the output folder: what Ray Train keeps of a run
 
@@ -38,18 +39,12 @@ def placed(settings: TrainSettings) -> TrainSettings:
 
     Paths are made absolute, for a worker has a working directory of its own; all nodes must find the same there.
     """
-    if settings.token and not settings.token_file:
-        raise ValueError(
-            "token: STUDENT_TOKEN is not handed on to workers, where a cluster's pages would show it; put it in a file "
-            "that all nodes can read, and give that as --token-file"
-        )
+    refuse_token(settings)
     if settings.num_workers > settings.batch_size:
         raise ValueError(f"num_workers: {settings.num_workers} workers cannot share batches of {settings.batch_size}")
     if settings.device.startswith("cuda:"):
         raise ValueError(f"device: {settings.device}: Ray gives each worker its GPU, so give cuda, cpu or auto")
-    paths = ("output", "data_directory", "token_file", "tls_ca_file", "tls_certificate_file", "tls_key_file")
-    found = {name: path.absolute() for name in paths if (path := getattr(settings, name)) is not None}
-    settings = settings.model_copy(update=found)
+    settings = settings.model_copy(update=absolute_paths(settings))
     # What no worker could do is said here, at once, rather than by each of them after each of their restarts.
     data = load(settings.dataset, settings.data_directory)
     channels, size, _ = data.shape

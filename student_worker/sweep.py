@@ -16,6 +16,7 @@ from student_worker.data import Dataset, epoch_order
 from student_worker.space import points
 from student_worker.sweep_settings import SweepSettings
 from student_worker.train import Progress, accuracy, normaliser
+from student_worker.travel import absolute_paths
 from student_worker.unix import Distilled
 
 MARK = "sweep"  # a file in a trial's folder that says whose folder it is
@@ -48,8 +49,7 @@ def trials(settings: SweepSettings) -> list[Trial]:
     shared: dict[str, Any] = {
         name: getattr(settings, name) for name in TrainSettings.model_fields if name in SweepSettings.model_fields
     }
-    for name in ("data_directory", "token_file", "tls_ca_file", "tls_certificate_file", "tls_key_file", "output"):
-        shared[name] = shared[name] and shared[name].absolute()
+    shared |= {name: path for name, path in absolute_paths(settings).items() if name in shared}
     if settings.device == "auto" and not settings.gpus_per_trial:
         shared["device"] = "cpu"
     always: dict[str, Any] = {"config": None, "token": None, "overwrite": False, "num_workers": 0}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from protos import teacher_pb2 as pb
-from student_worker.books import COUNTS
 from student_worker.data import Dataset
 from student_worker.report import accuracy_plot, noise, origin, text_table
 from student_worker.sweep import Outcome, Trial, halves
 from student_worker.sweep_settings import SweepSettings
+from student_worker.sweep_spend import COUNTS
 
 BUDGET_SPENT = 3  # as train's
 

@@ -1,9 +1,10 @@
-"""What a run's settings become when the run is another machine's: environment variables, and no secret among them."""
+"""What a run's settings become when the run is another machine's: paths that hold there, and no secret among them."""
 
 import json
 from collections.abc import Collection
+from pathlib import Path
 
-from student_worker.config import TrainSettings
+from student_worker.config import TeacherConfig, TrainSettings
 
 
 def variables(settings: TrainSettings, leave_out: Collection[str] = ("config",)) -> dict[str, str]:
@@ -19,3 +20,17 @@ def variables(settings: TrainSettings, leave_out: Collection[str] = ("config",))
         for name, value in sorted(values.items())
         if value is not None
     }
+
+
+def absolute_paths(settings: TeacherConfig) -> dict[str, Path]:
+    """Those that were given, by their fields: a worker has a working directory of its own."""
+    return {name: value.absolute() for name, value in settings if isinstance(value, Path)}
+
+
+def refuse_token(settings: TeacherConfig) -> None:
+    """Raises ValueError for a token that would have to be sent along, where a cluster's pages would show it."""
+    if settings.token and not settings.token_file:
+        raise ValueError(
+            "token: STUDENT_TOKEN is not handed on to workers, where a cluster's pages would show it; put it in a file "
+            "that all nodes can read, and give that as --token-file"
+        )

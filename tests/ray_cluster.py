@@ -1,7 +1,12 @@
-"""A Ray of the tests' own, on loopback: started from the command line as users do, ended by its own process group."""
+"""A Ray of the tests' own, on loopback: started from the command line as users do, and killed by pid.
+
+Run as a program, this file is what kills it: a process that outlives pytest, so that not even a pytest that is killed
+leaves a Ray behind.
+"""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,21 +76,20 @@ def ray_cluster(cpus: int = 8, environment: dict[str, str] | None = None) -> Ite
         command += ["--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={folder}"]
         command += ["--object-store-memory=200000000", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in ports.items()]
-        with (Path(folder) / "start.log").open("w+") as log:
+        with (
+            _killed_at_the_end(folder, f"RAY_ADDRESS=127.0.0.1:{port}\0"),
+            (Path(folder) / "start.log").open("w") as log,
+        ):
             head = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT | (environment or {}),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=ROOT, env=os.environ | ENVIRONMENT | (environment or {}), stdout=log, stderr=log
             )
+            cluster = RayCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", Path(folder))
             try:
-                cluster = RayCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", Path(folder))
                 _wait(head, cluster)
                 yield cluster
             finally:
-                _end(head, folder, f"RAY_ADDRESS=127.0.0.1:{port}\0")
+                head.kill()
+                head.wait()
 
 
 def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
@@ -102,22 +106,36 @@ def _wait(head: subprocess.Popen[bytes], cluster: RayCluster) -> None:
             time.sleep(0.1)
 
 
-def _end(head: subprocess.Popen[bytes], *marks: str) -> None:
-    """All processes that belong to the cluster, by pid: Ray gives some of them sessions of their own.
+@contextmanager
+def _killed_at_the_end(folder: str, mark: str) -> Iterator[None]:
+    """All of a cluster is gone after this, or after this process. SIGTERM would do, and take `ray start` over 15 s.
 
-    A job's process knows the cluster's address alone, and outlives it if what watches over it is killed first.
+    What is to go is told by a pipe, not by arguments: these would mark the killer itself as one of the cluster's.
     """
-    head.send_signal(signal.SIGTERM)
+    killer = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, start_new_session=True)
+    assert killer.stdin
+    killer.stdin.write(f"{folder}\n{mark}\n")
+    killer.stdin.flush()
     try:
-        head.wait(15)
-    except subprocess.TimeoutExpired:
-        head.kill()
-    for pid in pids(*marks):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    head.wait()
+        yield
+    finally:
+        killer.stdin.close()
+        assert killer.wait(30) == 0
+
+
+def _kill_when_told() -> None:
+    """Reads until the other end of standard input is closed, which is when its process ends, whatever ended it.
+
+    Ray gives some of its processes sessions of their own; a job's process knows the cluster's address alone, and
+    outlives it if what watches over it is killed first.
+    """
+    folder, mark = sys.stdin.read().splitlines()
+    while found := pids(folder, mark):  # again, for one that was found may have started another meanwhile
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)  # where pytest was killed, nobody else does
 
 
 def pids(*marks: str) -> list[int]:
@@ -133,3 +151,7 @@ def pids(*marks: str) -> list[int]:
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue
     return found
+
+
+if __name__ == "__main__":
+    _kill_when_told()

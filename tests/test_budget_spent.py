@@ -8,7 +8,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from protos import teacher_pb2 as pb
-from student_worker import commands
 from student_worker.__main__ import main
 from student_worker.answer import Answer
 from student_worker.config import TrainSettings
@@ -199,7 +198,10 @@ def command(tmp_path, monkeypatch):
 
     def run(check, run, *options, name="train"):
         purses = {"poor-check": Poor(check)}
-        monkeypatch.setattr(commands, "_client", lambda _, job, *__: purses.setdefault(job, Poor(run)))
+        for user in ("commands", "run"):
+            monkeypatch.setattr(
+                f"student_worker.{user}.client_of", lambda _, job, *__: purses.setdefault(job, Poor(run))
+            )
         fixed = ["--dataset", "digits", "--student", "cnn-tiny", "--epochs", "2", "--job", "poor"]
         return main([name, *fixed, "--output", str(tmp_path), *options])
 

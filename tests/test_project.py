@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ BIN = Path(sys.executable).parent
 def test_static_checks(command):
     done = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_formulas_contract_names_all_other_modules():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (formulas,) = (one for one in contracts if one["name"] == "the published formulas import nothing of ours")
+    ours = {f"student_worker.{path.stem}" for path in (ROOT / "student_worker").glob("[!_]*.py")}
+    assert set(formulas["forbidden_modules"]) == {"protos"} | ours - set(formulas["source_modules"])
 
 
 def test_stubs_are_fresh(tmp_path):

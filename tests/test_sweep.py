@@ -13,7 +13,6 @@ import torch
 from protos import teacher_pb2 as pb
 from student_worker import TeacherClient
 from student_worker.__main__ import main
-from student_worker.books import Books
 from student_worker.config import TrainSettings
 from student_worker.data import load
 from student_worker.errors import InvalidQuery
@@ -21,6 +20,7 @@ from student_worker.models import build
 from student_worker.sweep import Distinct, Outcome, halves, prepare, refuse_earlier, split_accuracy, trials
 from student_worker.sweep_report import SweepReport
 from student_worker.sweep_settings import SweepSettings
+from student_worker.sweep_spend import Books
 from student_worker.train import Progress, accuracy, normaliser
 from student_worker.unix import Distilled
 from tests.asking import pixels
@@ -92,7 +92,7 @@ def test_a_token_in_the_environment_is_not_sent_to_a_cluster(monkeypatch, capsys
     monkeypatch.setenv("STUDENT_TOKEN", "secret-1")
     assert main(["sweep", "--space", '{"seed": [0]}']) == 1
     said = capsys.readouterr().err
-    assert "put it into a file there, for --token-file" in said
+    assert "put it in a file that all nodes can read" in said
     assert "secret-1" not in said
 
 
