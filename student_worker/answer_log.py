@@ -16,10 +16,10 @@ from torch import Tensor
 from protos import teacher_pb2 as pb
 from protos import wire
 from student_worker.answer import SOURCES, Answer
-from student_worker.checkpoint import write_whole
 from student_worker.errors import TeacherUnavailable
 from student_worker.losses import TopK
 from student_worker.unix import Teacher
+from student_worker.weights import write_whole
 
 _log = logging.getLogger(__name__)
 _MAGIC = b"preceptor answers 1\n"

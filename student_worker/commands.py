@@ -5,7 +5,6 @@ from functools import partial
 
 from protos import teacher_pb2 as pb
 from student_worker.check import check
-from student_worker.checkpoint import checkpoint_path
 from student_worker.checkpoints import PATIENCE, held
 from student_worker.config import (
     CHECKED_SAMPLES,
@@ -23,6 +22,7 @@ from student_worker.sweep_settings import SweepSettings
 from student_worker.sweep_spend import books, spent_since
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.travel import refuse_token
+from student_worker.weights import checkpoint_path
 
 _BUDGET_SPENT = 3  # exit status
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from protos import teacher_pb2 as pb
 from student_worker.answer_log import AnswerLog
-from student_worker.checkpoint import save_checkpoint
 from student_worker.checkpoints import KINDS, Checkpoints
 from student_worker.client import TeacherClient
 from student_worker.config import TeacherConfig, TrainSettings
@@ -23,6 +22,7 @@ from student_worker.ranks import ALONE, Ranks
 from student_worker.state import State, load_state, state_path
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
+from student_worker.weights import save_checkpoint
 
 P = ParamSpec("P")
 
@@ -104,7 +104,7 @@ def earlier_state(settings: TrainSettings) -> State | None:
 def earlier_files(settings: TrainSettings, resumed: State | None = None) -> list[Path]:
     """Another run's files in the output folder: two runs in one would leave one's late epochs behind the other's.
 
-    The state is the first, for without it nobody takes the rest for a run's. Raises ValueError unless they may be
+    `state.pt` is the first, for without it nobody takes the rest for a run's. Raises ValueError unless they may be
     overwritten, or are those of the run that is resumed.
     """
     if resumed:
@@ -113,7 +113,7 @@ def earlier_files(settings: TrainSettings, resumed: State | None = None) -> list
     kinds = [states, "epoch-*", answers, "events.out.tfevents.*"]
     if settings.resume and not settings.overwrite:
         kinds = ["epoch-*"]  # a run that was killed before its first state left none of these, and nothing of use
-    earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind))]
+    earlier = [path for kind in kinds for path in sorted(settings.output.glob(kind), reverse=True)]
     if earlier and not settings.overwrite:
         raise ValueError(
             f"output: {settings.output} holds another run's files; give another --output, or --overwrite, or --resume "

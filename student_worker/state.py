@@ -11,9 +11,9 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from student_worker.checkpoint import write_whole
 from student_worker.config import TrainSettings
 from student_worker.lessons import Lessons
+from student_worker.weights import write_whole
 
 _VERSION = 1
 _CHECKSUM_BYTES = 16

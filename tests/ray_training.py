@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from student_worker.checkpoint import save_checkpoint
 from student_worker.checkpoints import Checkpoints
 from student_worker.config import TrainSettings
 from student_worker.data import load
 from student_worker.ranks import joined
 from student_worker.run import run
+from student_worker.weights import save_checkpoint
 
 
 class Exact(nn.Module):

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from student_worker import TeacherClient
 from student_worker.__main__ import main
-from student_worker.checkpoint import save_checkpoint
 from student_worker.compare import compare
 from student_worker.config import METHODS, CompareSettings, TrainSettings
 from student_worker.data import UNLABELLED, labelled_subset, load
 from student_worker.lessons import epoch_batches
 from student_worker.models import build
 from student_worker.train import Progress, train
+from student_worker.weights import save_checkpoint
 from teacher_server.tokens import add_token, new_token
 from tests.asking import metric, put
 from tests.certificates import Authority, served_with
