@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from student_worker import answer_log, checkpoint, checkpoints, models, state
+from student_worker import answer_log, checkpoints, models, state, weights
 from student_worker.__main__ import main
 from student_worker.data import load
 from tests.serving import ROOT
@@ -93,7 +93,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., object]]] = {
     "while the state is written": (state, "write_whole", _half),
     "between the state and the log's rotation": (answer_log.AnswerLog, "rotate", _now),
     "while the log is rotated": (answer_log, "write_whole", _half),
-    "while an epoch's weights are written": (checkpoint, "write_whole", _half),
+    "while an epoch's weights are written": (weights, "write_whole", _half),
     "before an epoch's state": (checkpoints, "save_state", _now),
 }
 
