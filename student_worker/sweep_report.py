@@ -12,6 +12,8 @@ from student_worker.sweep import Outcome, Trial, halves
 from student_worker.sweep_settings import SweepSettings
 from student_worker.sweep_spend import COUNTS
 
+_LABEL_LENGTH = 72  # of a trial, in the plot's legend: its width
+
 BUDGET_SPENT = 3  # as train's
 
 
@@ -225,10 +227,11 @@ class SweepReport:
 
     def _plot(self) -> None:
         title = f"{self._settings.dataset}, {len(self._trials)} trials; hollow: asked, filled: computed for it"
-        across, up = "samples of the teacher (thousands)", "student's accuracy on the test half, last epoch (%)"
+        across, up = "samples of the teacher (thousands)", "accuracy on the test half (%)"
         with accuracy_plot(
             self._settings.output / "plot.png", title, self._teacher_top1(), across=across, up=up, legend_below=True
         ) as axes:
+            numbers: dict[tuple[float, float], list[str]] = {}  # of the trials at one point
             for trial, outcome, spent in zip(self._trials, self._outcomes, self._spent, strict=True):
                 if outcome.test is None:
                     continue
@@ -237,14 +240,15 @@ class SweepReport:
                 (line,) = axes.plot([computed, asked], [y, y], linewidth=1, label=self._label(trial))
                 axes.plot([asked], [y], marker="o", fillstyle="none", color=line.get_color())
                 axes.plot([computed], [y], marker="o", color=line.get_color())
-                axes.annotate(
-                    str(trial.number), (asked, y), xytext=(5, 3), textcoords="offset points", fontsize="small"
-                )
+                numbers.setdefault((asked, y), []).append(str(trial.number))
+            for point, trials in numbers.items():
+                axes.annotate(", ".join(trials), point, xytext=(5, 3), textcoords="offset points", fontsize="small")
 
     def _label(self, trial: Trial) -> str | None:
         if len(self._trials) > 10:  # the number beside each point must do
             return None
-        return f"{trial.number}: " + ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
+        label = f"{trial.number}: " + ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
+        return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…"
 
     def _teacher_top1(self) -> float:
         return self._teacher.outputs[0].top1 if self._teacher.outputs else 0.0
