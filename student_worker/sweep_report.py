@@ -12,9 +12,8 @@ from student_worker.sweep import Outcome, Trial, halves
 from student_worker.sweep_settings import SweepSettings
 from student_worker.sweep_spend import COUNTS
 
-_LABEL_LENGTH = 72  # of a trial, in the plot's legend: its width
-
 BUDGET_SPENT = 3  # as train's
+_LABEL_LENGTH = 72  # of a trial, in the plot's legend: its width
 
 
 class SweepReport:
