@@ -109,6 +109,8 @@ class Metrics(Collector):
         self._labels: dict[str, str] = {}
         self._fingerprint = ""
         self._stack = ExitStack()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
         self._lock = threading.Lock()  # held by a step for its few additions, and while they are copied for a page
         self._reading = threading.Lock()  # one page at a time
@@ -121,16 +123,16 @@ class Metrics(Collector):
         self._since: float | None = None
 
     def __enter__(self) -> Self:
+        if self._unix is not None and self._unix.observer is not None:
+            raise ValueError("this Unix has an observer: leave its other Metrics first")
         tenant = ""
         if self._teacher is not None:
             self._fingerprint = self._teacher.describe().fingerprint
             tenant = self._teacher.tenant
         self._labels = {"tenant": tenant, "job": self.job, "rank": self._rank}
-        registry = CollectorRegistry()
-        registry.register(self)
         host = local_host(self._teacher.addresses if self._teacher else ())
         with ExitStack() as stack:
-            page = Page(host, self._port, lambda: generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4)
+            page = Page(host, self._port, self.page, CONTENT_TYPE_PLAIN_0_0_4)
             self._page = stack.enter_context(page)
             if self._targets is not None:
                 targets = stack.enter_context(Targets(self._targets, f"{self.job}-{self._rank}"))
@@ -201,10 +203,14 @@ class Metrics(Collector):
 
     # ------------------------------------------------------------ a scrape
 
-    def collect(self) -> Iterator[Metric]:
+    def page(self) -> bytes:
+        """What Prometheus is answered."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> list[Metric]:
         """Everything, as it stands."""
         with self._reading:
-            yield from self._collected()
+            return list(self._collected())
 
     def _collected(self) -> Iterator[Metric]:
         with self._lock:
@@ -223,11 +229,11 @@ class Metrics(Collector):
         yield self._gauge("info", "The run; always 1.", 1, self._about | {"fingerprint": self._fingerprint})
         yield self._counter("steps", "Steps that the optimiser has taken in this process.", steps)
         reached = self._before + steps
-        yield self._gauge("reached_steps", "Steps of the whole run so far, those before it was resumed too.", reached)
+        yield self._gauge("reached_steps", "Steps of the whole run so far, with those before it was resumed.", reached)
         if self.planned_steps is not None:
             yield self._gauge("planned_steps", "Steps of the whole run.", self.planned_steps)
         yield self._summary("loss", "Loss of each step.", loss)
-        yield self._summary("step_seconds", "A whole step, its wait included; not this process's first.", step)
+        yield self._summary("step_seconds", "A whole step, its wait included.", step)
         if self._accuracy is not None:
             yield self._gauge("accuracy_ratio", "On the test set, after the last epoch, 0 to 1.", self._accuracy)
         if not self._asks:
