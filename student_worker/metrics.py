@@ -49,14 +49,15 @@ class _Sum:
 
 
 class _Uncertainty:
+    """Of the samples for which one thing was decided."""
+
     def __init__(self) -> None:
-        self.buckets = np.zeros(len(_TENTHS), np.int64)
+        self.counts = np.zeros(len(_TENTHS) + 1, np.int64)  # the last are those above 1, of which there are none
         self.total = 0.0
 
-    def add(self, ratios: "np.ndarray[Any, np.dtype[np.floating[Any]]]") -> None:
-        """Those of some samples, [n], 0..1."""
-        self.buckets += np.bincount(np.searchsorted(_TENTHS, ratios).clip(max=9), minlength=10)
-        self.total += float(ratios.sum())
+    def add(self, counts: "np.ndarray[Any, np.dtype[np.int64]]", total: float) -> None:
+        self.counts += counts
+        self.total += total
 
 
 class Metrics(Collector):
@@ -187,14 +188,16 @@ class Metrics(Collector):
 
     def selected(self, uncertainty: Tensor, kept: Tensor) -> None:
         """As unix.Observer has it; so has `answered`."""
-        ratios = uncertainty.numpy()
-        dropped = np.ones(len(ratios), bool)
-        dropped[kept.numpy()] = False
+        ratios, places = uncertainty.numpy(), kept.numpy()
+        buckets = _TENTHS.searchsorted(ratios)
+        counts = np.bincount(buckets, minlength=len(_TENTHS) + 1)
+        kept_counts = np.bincount(buckets[places], minlength=len(_TENTHS) + 1)
+        total, kept_total = float(ratios.sum()), float(ratios[places].sum())
         with self._lock:
             self._candidates += len(ratios)
             self._asked += len(kept)
-            self._uncertainty["kept"].add(ratios[~dropped])
-            self._uncertainty["dropped"].add(ratios[dropped])
+            self._uncertainty["kept"].add(kept_counts, kept_total)
+            self._uncertainty["dropped"].add(counts - kept_counts, total - kept_total)
 
     def answered(self, sources: tuple[str, ...], seconds: float) -> None:
         with self._lock:
@@ -251,7 +254,7 @@ class Metrics(Collector):
         )
         for decision, seen in uncertainty.items():
             bounds = [*(f"{bound:.1f}" for bound in _TENTHS), "+Inf"]
-            counts = [*seen.buckets.cumsum().tolist(), int(seen.buckets.sum())]
+            counts = seen.counts.cumsum().tolist()
             how_sure.add_metric([*labels.values(), decision], list(zip(bounds, counts, strict=True)), seen.total)
         yield how_sure
         yield self._summary("teacher_wait_seconds", "How long a step waited for its answers.", wait)
