@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -147,12 +147,13 @@ class Metrics(Collector):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ended = monotonic()
         with self._stack:
             if self._unix is not None:
                 self._unix.observer = None
             if kind is None and (patience := self._page.patience()):
                 self._say(f"{self.job}: waits up to {patience:.0f} s for Prometheus to fetch its last metrics")
-                self._page.wait(patience)
+                self._page.wait(ended, patience)
 
     @property
     def url(self) -> str:

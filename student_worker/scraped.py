@@ -67,11 +67,11 @@ class Page:
         interval = max(later - earlier for earlier, later in pairwise(scrapes))
         return min(max(0.0, scrapes[-1] + 2 * interval - monotonic()), _LONGEST_WAIT)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether a scrape that began after now had its answer within so many seconds; returns as soon as one has."""
-        now = monotonic()
+    def wait(self, since: float, seconds: float) -> bool:
+        """Whether a scrape that began after `since`, a time.monotonic(), had its answer within so many seconds from
+        now on; returns as soon as one has."""
         with self._came:
-            return self._came.wait_for(lambda: self._answered >= now, seconds)
+            return self._came.wait_for(lambda: self._answered >= since, seconds)
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         began = monotonic()

@@ -379,12 +379,12 @@ def test_only_a_scrape_that_begins_afterwards_has_the_last_values():
         early.start()
         assert began.acquire(timeout=30)
         waited = []
-        waiting = threading.Thread(target=lambda: waited.append(page.wait(60)))
+        waiting = threading.Thread(target=lambda: waited.append(page.wait(time.monotonic(), 60)))
         waiting.start()
         time.sleep(0.1)
         go_on.release()
         early.join()
-        assert not page.wait(0.1)
+        assert not page.wait(time.monotonic(), 0.1)
         assert not waited
         late.start()
         assert began.acquire(timeout=30)
