@@ -127,7 +127,7 @@ def local_host(addresses: Sequence[str]) -> str:
     """
     failed: OSError | None = None
     for address in addresses:
-        host, _, port = address.rpartition(":")
+        host, _, port = address.rpartition("/")[2].rpartition(":")  # it may begin with dns:///
         try:
             places = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
         except OSError as error:

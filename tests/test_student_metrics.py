@@ -270,6 +270,23 @@ def test_being_watched_changes_no_bit(strategy, mixing):
     assert page("loss_count") == 0, "it was not told"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_loss_on_a_gpu_is_fetched_by_the_scrape_alone():
+    losses = torch.arange(5.0, device="cuda").unbind()
+    with Metrics(None, None) as metrics:
+        for so_far in (10, 20):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for loss in losses:
+                    metrics.step(loss)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for _ in range(2):
+                page = Seen(metrics.page().decode())
+                assert (page("loss_sum"), page("loss_count")) == (so_far, so_far / 2)
+
+
 def test_a_run_that_goes_on_says_how_far_it_is():
     unix = Unix(LocalTeacher(), generator=generator())
     train(unix, data(5), net(1))
@@ -334,7 +351,8 @@ def test_the_page_is_where_the_teacher_is_reached_from():
     assert local_host([]) == "127.0.0.1"
     assert local_host(["127.0.0.1:8001"]) == local_host(["localhost:8001"]) == "127.0.0.1"
     assert local_host(["no.such.host.invalid:1", "127.0.0.1:8001"]) == "127.0.0.1"
-    assert local_host(["[::1]:8001"]) == "::1"
+    assert local_host(["dns:///127.0.0.1:8001"]) == "127.0.0.1"
+    assert local_host(["[::1]:8001"]) == local_host(["dns:///[::1]:8001"]) == "::1"
     with pytest.raises(OSError, match=r"metrics_port: no way from here to no\.such\.host\.invalid:1"):
         local_host(["no.such.host.invalid:1"])
     with Page("::1", 0, lambda: b"page", "text/plain; version=0.0.4") as page:
