@@ -109,16 +109,18 @@ class DescribeRequest(_message.Message):
     def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("teachers", "server_version", "replicas", "address")
+    __slots__ = ("teachers", "server_version", "replicas", "address", "tenant")
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     teachers: _containers.RepeatedCompositeFieldContainer[TeacherDescription]
     server_version: str
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     address: str
-    def __init__(self, teachers: _Optional[_Iterable[_Union[TeacherDescription, _Mapping]]] = ..., server_version: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., address: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, teachers: _Optional[_Iterable[_Union[TeacherDescription, _Mapping]]] = ..., server_version: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., address: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("address", "teacher", "fingerprint")

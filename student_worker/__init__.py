@@ -7,13 +7,14 @@ if TYPE_CHECKING:
     from student_worker.answer import Answer, Lookup
     from student_worker.answer_log import AnswerLog
     from student_worker.client import TeacherClient
+    from student_worker.metrics import Metrics
     from student_worker.unix import Distilled, Unix
 
-__all__ = ["Answer", "AnswerLog", "Distilled", "Lookup", "TeacherClient", "Unix"]
+__all__ = ["Answer", "AnswerLog", "Distilled", "Lookup", "Metrics", "TeacherClient", "Unix"]
 
 _HOMES = {
-    "Answer": "answer", "AnswerLog": "answer_log", "Lookup": "answer", "TeacherClient": "client", "Distilled": "unix",
-    "Unix": "unix",
+    "Answer": "answer", "AnswerLog": "answer_log", "Lookup": "answer", "Metrics": "metrics", "TeacherClient": "client",
+    "Distilled": "unix", "Unix": "unix",
 }  # fmt: skip
 
 

@@ -88,6 +88,8 @@ class Calls:
         self._keeper: Keeper | None = None
         self._probed: dict[str, float] = {}  # when each address was last looked at
         self._distrusted: dict[str, float] = {}  # and when it was last found that trust is what lacks
+        self.tenant = ""
+        """Ours, as the server said that was asked to describe itself."""
         self.closed = threading.Event()
 
     def close(self) -> None:
@@ -112,6 +114,7 @@ class Calls:
         (description,) = reply.teachers
         if not description.inputs or len(description.outputs) != 1 or len(description.outputs[0].shape) != 1:
             raise TeacherFailed("the server describes a teacher without inputs or without its one output")
+        self.tenant = reply.tenant
         self._replicas.pin(description.name, description.fingerprint)
         self._replicas.learn(reply.replicas)
         if self._keeper is None and (self._seeds > 1 or reply.address or reply.replicas):

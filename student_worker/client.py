@@ -108,12 +108,14 @@ class TeacherClient:
                     f"cache_namespace: {cache_namespace[:128]!r}; a name is 1 to 128 letters, digits or . _ : / + -, "
                     "as a job's"
                 ) from None
-        self._teacher, self._job = teacher, job
+        self.job = job
+        self._teacher = teacher
         self._spec = pb.OutputSpec(name="logits", encoding=_ENCODINGS[encoding], k=k, temperature=temperature)
         self._namespace = cache_namespace
         self._fingerprint = fingerprint
         files = [None if file is None else Path(file) for file in (ca_file, certificate_file, key_file)]
         trust = Tls(*files) if tls or any(files) else None
+        self.addresses = address.split(",") if isinstance(address, str) else list(address)
         self._call = Calls(address, job=job, token=token, timeout=timeout, tls=trust)
         self._lock = threading.Lock()
         self._description: pb.TeacherDescription | None = None
@@ -140,6 +142,12 @@ class TeacherClient:
             if self._description is None:
                 self._description = self._call.describe(self._teacher, self._fingerprint)
             return self._description
+
+    @property
+    def tenant(self) -> str:
+        """Whose job this is, as the server knows it by the token; "" from a server older than this field."""
+        self.describe()
+        return self._call.tenant
 
     def lookup(self, x: Samples) -> Lookup:
         """Which of the n samples' answers are cached, with the answers; the samples themselves are not sent.
@@ -227,7 +235,7 @@ class TeacherClient:
         that the server asked has given is in it; those of other replicas follow when they post them, within seconds.
         `budgets` are those that the job draws on. Raises InvalidQuery for a job that cannot be a name.
         """
-        request = pb.SpendRequest(job=self._job if job is None else job)
+        request = pb.SpendRequest(job=self.job if job is None else job)
         for field, moment in ((request.since, since), (request.until, until)):
             if moment is not None:
                 field.FromDatetime(moment)

@@ -1,7 +1,7 @@
 """The student's knobs, one model per component. Only `__main__` reads the environment and the command line."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import CliPositionalArg, CliSuppress
@@ -114,6 +114,20 @@ class TrainConfig(BaseModel, use_attribute_docstrings=True):
     """stop: the run ends, its checkpoint is written, exit status 3. hard-labels: the other steps learn from labels."""
 
 
+class MetricsConfig(BaseModel, use_attribute_docstrings=True):
+    """Where Prometheus finds a run (docs/metrics.md, "A student's own metrics")."""
+
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serves /metrics on this port, of the address from which the teacher is reached; 0 takes a free one."""
+    metrics_targets: Path | None = None
+    """Folder in which the run tells Prometheus of itself (file_sd), by a file that it removes at its end. Made where it
+    is missing; without --metrics-port a free port is taken."""
+
+    @property
+    def exports_metrics(self) -> bool:
+        return self.metrics_port is not None or self.metrics_targets is not None
+
+
 class FailuresConfig(BaseModel, use_attribute_docstrings=True):
     """What becomes of a run on a cluster where a part of it is lost."""
 
@@ -133,7 +147,9 @@ class WorkersConfig(FailuresConfig):
     """Batch norm over all workers' parts, as one worker would see them, instead of over each one's own; GPUs only."""
 
 
-class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, WorkersConfig, Settings, env_prefix="STUDENT_"):
+class TrainSettings(
+    DataConfig, TeacherConfig, UnixConfig, TrainConfig, MetricsConfig, WorkersConfig, Settings, env_prefix="STUDENT_"
+):
     """Train a student, from labels or from a teacher.
 
     Every option is also an environment variable (STUDENT_EPOCHS) and a key of the TOML file given by --config; the
@@ -155,10 +171,20 @@ class TrainSettings(DataConfig, TeacherConfig, UnixConfig, TrainConfig, WorkersC
     checkpoint_steps: int = Field(default=0, ge=0)
     """Steps between two writings of the state that --resume reads; 0 = it is written at each epoch's end only."""
 
-    free_on_resume: ClassVar[frozenset[str]] = frozenset(TeacherConfig.model_fields) - {"cache_namespace"} | {
+    free_on_resume: ClassVar[frozenset[str]] = (
+        frozenset(TeacherConfig.model_fields | MetricsConfig.model_fields) - {"cache_namespace"}
+    ) | {
         "config", "output", "overwrite", "resume", "checkpoint_steps", "max_failures", "cpus_per_worker",
     }  # fmt: skip
     """Fields in which a resumed run may differ from what it began with: none changes what is learnt."""
+
+    @model_validator(mode="after")
+    def _one_port_each(self) -> Self:
+        if self.metrics_port and self.num_workers > 1:
+            raise ValueError(
+                f"metrics_port: {self.metrics_port} can be one worker's alone; give --metrics-targets, or 0"
+            )
+        return self
 
     def deciding(self) -> dict[str, Any]:
         """The other fields, in JSON's terms: they decide what is learnt, or name the run at the teacher."""

@@ -17,7 +17,7 @@ from student_worker.losses import distillation_loss, mixed_cross_entropy
 from student_worker.mixup import mix
 from student_worker.ranks import ALONE, Ranks, learnt
 from student_worker.selection import scoring
-from student_worker.unix import Distilled, Teacher, Unix
+from student_worker.unix import Distilled, Observer, Teacher, Unix
 from student_worker.views import Augmentation, augment, view_number
 
 
@@ -27,7 +27,7 @@ class Lessons:
     Counts batches in `steps`, those of them with a teacher's answers in `taught`, samples in `asked`, `scored` and
     `learnt`, answers by where they came from in `sources`. `budget_spent` is what the server said, empty before.
     With several `ranks` these are this rank's samples and answers: it has its part of every batch, asks about that
-    alone, and is in step with the others; where one of them finds the budget spent, all do.
+    alone, and is in step with the others; where one of them finds the budget spent, all do. `observer` is that of Unix.
     Raises ValueError where the method needs a teacher, or labels, that are not there.
     """
 
@@ -42,6 +42,7 @@ class Lessons:
         device: torch.device,
         budget_spent: str = "",
         ranks: Ranks = ALONE,
+        observer: Observer | None = None,
     ) -> None:
         hard = _is_hard(settings.method)
         if (hard or settings.on_budget_spent == "hard-labels") and (labels == UNLABELLED).all():
@@ -57,6 +58,8 @@ class Lessons:
         self._weight = 1.0  # of the mean loss of the batch in hand, among the ranks
         self._generator = torch.Generator().manual_seed(ranks.seed(settings.seed))
         self._unix = None if hard or teacher is None else _unix(settings, teacher, normalised, self._generator)
+        if self._unix:
+            self._unix.observer = observer
         self._alone = HardLabels(
             mixing=settings.method == "hard+mixup", to_student=normalised, generator=self._generator
         )

@@ -18,7 +18,8 @@ from student_worker.checkpoints import KINDS, Checkpoints
 from student_worker.client import TeacherClient
 from student_worker.config import TeacherConfig, TrainSettings
 from student_worker.data import Dataset
-from student_worker.ranks import ALONE, Ranks
+from student_worker.metrics import Metrics
+from student_worker.ranks import ALONE, Ranks, learnt
 from student_worker.state import State, load_state, state_path
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
@@ -44,11 +45,14 @@ def run(
     """
     checkpoints = Checkpoints(settings, ranks)
     with ExitStack() as stack:
-        answers = None
+        client = answers = metrics = None
         if not settings.method.startswith("hard"):
             fingerprint = resumed.fingerprint if resumed else fingerprint
             client = stack.enter_context(client_of(settings, settings.job, fingerprint))
             fingerprint = client.describe().fingerprint  # where another teacher answers, a resumed run fails here
+        if settings.exports_metrics:  # left after the others, for it may wait at the end
+            metrics = stack.enter_context(_metrics(settings, client, resumed, ranks))
+        if client is not None:
             answers = stack.enter_context(AnswerLog(client, checkpoints.answers))
 
         on_step, on_epoch, flush = _reports(settings, resumed, stack) if ranks.rank == 0 else (_nothing,) * 3
@@ -57,7 +61,14 @@ def run(
             flush()  # or a killed run's curves would have a gap before its state
             checkpoints.save(state, answers)
             after_checkpoint(state)
+            if metrics:
+                metrics.restart_clock()
 
+        if metrics:
+            after_step, after_epoch = (
+                _both(_counted(metrics), after_step),
+                _both(_evaluated(metrics, ranks), after_epoch),
+            )
         return train(
             settings,
             answers,
@@ -68,6 +79,7 @@ def run(
             on_step=_both(on_step, after_step),
             on_epoch=_both(on_epoch, after_epoch),
             on_checkpoint=on_checkpoint,
+            observer=metrics,
         )
 
 
@@ -125,6 +137,39 @@ def earlier_files(settings: TrainSettings, resumed: State | None = None) -> list
 def clear(settings: TrainSettings, resumed: State | None) -> None:
     for path in earlier_files(settings, resumed):
         path.unlink()
+
+
+def _metrics(settings: TrainSettings, client: TeacherClient | None, resumed: State | None, ranks: Ranks) -> Metrics:
+    about = {"method": settings.method, "dataset": settings.dataset, "student": settings.student}
+    if settings.method == "unix":
+        about |= {"strategy": settings.strategy, "mixing": settings.mixing}
+    return Metrics(
+        None,
+        client,
+        job=settings.job,
+        rank=ranks.rank,
+        port=settings.metrics_port or 0,
+        targets=settings.metrics_targets,
+        about=about,
+        steps_before=resumed.steps if resumed else 0,
+        say=tell,
+    )
+
+
+def _counted(metrics: Metrics) -> OnStep:
+    def on_step(_step: int, steps: int, loss: float, b: Distilled) -> None:
+        metrics.planned_steps = steps
+        metrics.step(loss if learnt(b) else None)  # a stand-in teaches nothing
+
+    return on_step
+
+
+def _evaluated(metrics: Metrics, ranks: Ranks) -> OnEpoch:
+    def on_epoch(progress: Progress, _student: nn.Module, _data: Dataset) -> None:
+        if ranks.rank == 0:
+            metrics.accuracy(progress.accuracy)
+
+    return on_epoch
 
 
 def _both(first: Callable[P, None], then: Callable[P, None]) -> Callable[P, None]:

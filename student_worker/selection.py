@@ -32,6 +32,7 @@ class Selected(NamedTuple):
     recipe: Recipe
     x: Tensor  # [k, ...], mixed
     logits: Tensor | None  # [n, c], the student's own of the whole batch, where it was scored
+    scores: Tensor  # [n], of the whole batch
 
 
 class Selection:
@@ -81,10 +82,11 @@ class Selection:
         if self._mixing == "none":
             # In batch order: with all of it kept, this is the plain loop, to the last bit.
             kept = ranking(scores)[: _count(self._keep, n)].sort().values.cpu()
-            return Selected(Recipe(n, 0.0, kept, kept, torch.zeros(len(kept))), x[kept.to(x.device)], logits)
+            return Selected(Recipe(n, 0.0, kept, kept, torch.zeros(len(kept))), x[kept.to(x.device)], logits, scores)
         lam = torch.rand((), generator=self.generator, dtype=torch.float64).item()  # Beta(1, 1)
         mixed = self._mix(x, scores, lam)
-        return Selected(Recipe(n, lam, mixed.kept.cpu(), mixed.partner.cpu(), mixed.share.cpu()), mixed.x, logits)
+        recipe = Recipe(n, lam, mixed.kept.cpu(), mixed.partner.cpu(), mixed.share.cpu())
+        return Selected(recipe, mixed.x, logits, scores)
 
     def again(self, x: Tensor, recipe: Recipe) -> Tensor:
         """The samples [k, ...] that were selected from the batch x [n, ...], bit for bit."""

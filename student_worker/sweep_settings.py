@@ -11,6 +11,7 @@ from student_worker.config import (
     DataConfig,
     FailuresConfig,
     Method,
+    MetricsConfig,
     TeacherConfig,
     TrainConfig,
     TrainSettings,
@@ -20,7 +21,7 @@ from student_worker.space import points
 
 
 class SweepSettings(
-    DataConfig, TeacherConfig, UnixConfig, TrainConfig, FailuresConfig, Settings, env_prefix="STUDENT_"
+    DataConfig, TeacherConfig, UnixConfig, TrainConfig, MetricsConfig, FailuresConfig, Settings, env_prefix="STUDENT_"
 ):
     """Train many students at once on a Ray cluster, with one teacher; compare what each value of a knob buys.
 
@@ -70,6 +71,10 @@ class SweepSettings(
         """Of all fields together, so that what was given is not repeated: it may hold a secret."""
         if not any(self.space):
             raise ValueError("space: nothing to try; give for example --space '{\"seed\": [0, 1, 2]}'")
+        if self.metrics_port:
+            raise ValueError(
+                f"metrics_port: {self.metrics_port} can be one trial's alone; give --metrics-targets, or 0"
+            )
         for name in (name for table in self.space for name in table):
             if name not in _SWEPT:
                 raise ValueError(f"space: {name} {_why_not_swept(name)} (--space)")

@@ -15,7 +15,7 @@ from student_worker.lessons import Lessons, known_labels
 from student_worker.models import build
 from student_worker.ranks import ALONE, Ranks
 from student_worker.state import Run, State
-from student_worker.unix import Distilled, Teacher
+from student_worker.unix import Distilled, Observer, Teacher
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def train(
     on_step: OnStep = lambda *_: None,
     on_epoch: OnEpoch = lambda *_: None,
     on_checkpoint: Callable[[State], None] = lambda _: None,
+    observer: Observer | None = None,
 ) -> Progress:
     """One run; returns where it ended. `teacher` may be None for the methods that need none.
 
@@ -78,7 +79,7 @@ def train(
     epoch that was learnt whole. `resumed` is such a state: the run goes on from there as if it had never stopped, if
     the settings are the same and the teacher gives the same answers (AnswerLog sees to those that were given before).
     A run that ended in any other way than with its last epoch, a spent budget among them, is resumed from its last
-    state. `fingerprint`, the teacher's, is kept in the state.
+    state. `fingerprint`, the teacher's, is kept in the state. `observer` is told what its Unix does.
     """
     if resumed and resumed.finished:
         return Progress(**resumed.progress)
@@ -99,7 +100,15 @@ def train(
     if ranks.rank:  # all ranks have made the same student; what it draws while it learns is each one's own
         torch.manual_seed(ranks.seed(settings.seed))
     lessons = Lessons(
-        settings, teacher, data, labels, normalised=normalised, device=device, budget_spent=budget_spent, ranks=ranks
+        settings,
+        teacher,
+        data,
+        labels,
+        normalised=normalised,
+        device=device,
+        budget_spent=budget_spent,
+        ranks=ranks,
+        observer=observer,
     )
 
     steps = settings.epochs * -(-len(labels) // settings.batch_size)

@@ -1,5 +1,6 @@
 """How unsure a student is of each sample (Xu, Liu, Loy, arXiv 2012.09413; docs/unix.md, step 1)."""
 
+import math
 from collections.abc import Callable
 from typing import Final, Literal, get_args
 
@@ -61,3 +62,20 @@ def uncertainty(logits: Tensor, strategy: Strategy, *, generator: torch.Generato
         return torch.rand(len(logits), generator=generator, device=source, dtype=dtype).to(logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         return _SCORES[strategy](logits.to(dtype))
+
+
+def as_ratio(scores: Tensor, strategy: Strategy, classes: int) -> Tensor:
+    """Scores [n] of `uncertainty` over c classes on one scale: 0 for sure, 1 for the most unsure that there is.
+
+    entropy / log c; confidence * c / (c - 1); margin + 1, which is 1 - (p1 - p2); random as drawn.
+    """
+    match strategy:
+        case "entropy":
+            ratio = scores / math.log(classes)
+        case "confidence":
+            ratio = scores * classes / (classes - 1)
+        case "margin":
+            ratio = scores + 1
+        case _:
+            ratio = scores
+    return ratio.clamp(0, 1)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from student_worker.errors import InvalidQuery
 from student_worker.losses import TopK, distillation_loss
 from student_worker.selection import Mixing, Recipe, ScoreMode, Selection, Transform
 from student_worker.threads import DaemonPool
-from student_worker.uncertainty import Strategy
+from student_worker.uncertainty import Strategy, as_ratio
 from student_worker.understanding import Understanding
 
 _NEARLY_CLEAN = 0.1  # with up to this share of its partner, a sample still is what its label says
@@ -28,6 +29,17 @@ class Teacher(Protocol):
     """All that Unix wants of a teacher; a TeacherClient is one. Blocks, and is called from several threads at once."""
 
     def label(self, x: Tensor, *, request_id: str, cache_mode: Literal["use", "bypass"], candidates: int) -> Answer: ...
+
+
+class Observer(Protocol):
+    """Who is told what a Unix does, on the thread of its loop; metrics.Metrics is one."""
+
+    def selected(self, uncertainty: Tensor, kept: Tensor) -> None:
+        """A batch was selected from: how unsure the student is of each sample, [n], 0..1, and which are asked about,
+        [k] positions. Both on the CPU."""
+
+    def answered(self, sources: tuple[str, ...], seconds: float) -> None:
+        """An answer is here, and was waited for so long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +94,8 @@ class Unix:
     student; neither may work in place. `generator` (CPU) draws scores, lam and partners; the default follows torch's
     initial seed and takes nothing from torch's own stream.
 
-    Counts samples in `scored`, `asked`, `learnt`, and batches handed out in `steps`. Nothing here is thread-safe.
+    Counts samples in `scored`, `asked`, `learnt`, and batches handed out in `steps`; an `observer` may be set and is
+    told more. Nothing here is thread-safe.
     Raises ValueError for an argument out of its range.
     """
 
@@ -113,6 +126,8 @@ class Unix:
             score_mode=score_mode,
             generator=generator,
         )
+        self.strategy, self.mixing = strategy, mixing
+        self.observer: Observer | None = None
         self._teacher = teacher
         self._temperature = temperature
         self._cache_mode: Literal["use", "bypass"] = "use" if mixing == "none" else "bypass"
@@ -233,11 +248,14 @@ class Unix:
                 )
             mixed = self._selection.again(x, recipe)
         else:
-            recipe, mixed, logits = self._selection.select(student, x, self._to_student)
+            recipe, mixed, logits, scores = self._selection.select(student, x, self._to_student)
             request_id, step = f"{self._run}/{self._selected}", self.steps
             self._selected += 1
             self.scored += 0 if logits is None else len(x)
             self.asked += len(mixed)
+            if self.observer is not None:  # a GPU is not waited for: the recipe is here, so the scores are computed
+                classes = 0 if logits is None else logits.shape[1]
+                self.observer.selected(as_ratio(scores.cpu(), self.strategy, classes), recipe.kept)
         sent = self._to_teacher(mixed)
         ask = partial(self._teacher.label, sent, request_id=request_id, cache_mode=self._cache_mode, candidates=len(x))
         answer = ask if pool is None else pool.submit(ask).result
@@ -245,7 +263,10 @@ class Unix:
 
     def _receive(self, query: _Query) -> Distilled:
         """Waits for the answer; from here on the batch counts as learnt."""
+        began = perf_counter()
         answer, recipe = query.answer(), query.recipe
+        if self.observer is not None:
+            self.observer.answered(answer.sources, perf_counter() - began)
         self._check(answer, query)
         self._understand(answer, query)
         lag = self.steps - query.step

@@ -32,6 +32,12 @@ def advertised(config: NetworkConfig, port: int) -> str | None:
     return config.address(port)
 
 
+def scraped(config: NetworkConfig, grpc_port: int, http_port: int) -> str:
+    """host:port of a replica's HTTP port, at the host at which students reach it; the one bound where nothing says."""
+    host, _, _ = (advertised(config, grpc_port) or config.address(grpc_port)).rpartition(":")
+    return f"{host}:{http_port}"
+
+
 def reach(address: str) -> str:
     """Within which network host:port means this process: "" for everywhere, else the name of this machine's loopback.
 

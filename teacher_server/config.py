@@ -180,6 +180,9 @@ class ReplicasConfig(BaseModel, use_attribute_docstrings=True):
     """GPUs, or a part of one; without it 1 where --device is cuda, or auto and the cluster has some, else 0."""
     cpus_per_replica: float = Field(default=1.0, gt=0)
     """CPUs, as Ray counts them; its threads too, unless --threads says otherwise."""
+    metrics_targets: Path | None = None
+    """Folder of this machine in which Prometheus is told of all replicas' HTTP ports (file_sd), by a file that is
+    removed at the end. Made where it is missing."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -218,7 +221,7 @@ class ServeOnRaySettings(ReplicasConfig, ServeSettings, env_prefix="TEACHER_"):
     Each is a server like that of `serve`, with its own ports, and a folder of its own in --state-directory; students
     find all of them by one. Both Redis URLs are needed. One with a password is not sent through Ray: it must stand in
     the environment of `ray start` on each node (TEACHER_LEDGER_REDIS_URL), or in the file that --config names there.
-    Paths are those of the nodes. On SIGTERM all are drained.
+    Paths but --metrics-targets are those of the nodes. On SIGTERM all are drained.
     """
 
     grpc_port: int = Field(default=0, ge=0, le=65535)

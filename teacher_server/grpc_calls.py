@@ -76,7 +76,7 @@ class Calls:
     ) -> None:
         self._authenticator, self._metrics, self._on_end = authenticator, metrics, on_end
         self._work: dict[type[Request], _Work] = {
-            pb.DescribeRequest: lambda request, _: service.describe(request),
+            pb.DescribeRequest: lambda request, call: service.describe(request, call.caller.tenant),
             pb.LabelRequest: lambda request, call: service.label(request, call.caller, call.deadline, call.trail),
             pb.LookupRequest: lambda request, call: service.lookup(request, call.caller),
             pb.SpendRequest: lambda request, call: service.spend(request, call.caller),

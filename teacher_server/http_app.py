@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -21,7 +21,7 @@ from starlette.types import Message as StarletteMessage
 from protos import teacher_pb2 as pb
 from teacher_server.access import LoggedRequests
 from teacher_server.accounts import Books
-from teacher_server.auth import Authenticator
+from teacher_server.auth import Authenticator, Identity
 from teacher_server.config import NetworkConfig
 from teacher_server.errors import InvalidQuery, LedgerUnavailable, TeacherServerError
 from teacher_server.http_accounts import routes
@@ -89,13 +89,9 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
     async def prometheus() -> Response:
         return Response(await metrics.page(), media_type=CONTENT_TYPE)
 
-    @app.get(
-        "/v1/teacher",
-        summary="The teachers served, as the Describe call gives them",
-        dependencies=[Depends(guard.anyone)],
-    )
-    async def teacher() -> dict[str, Any]:
-        return json_format.MessageToDict(await service.describe(pb.DescribeRequest()))
+    @app.get("/v1/teacher", summary="The teachers served, as the Describe call gives them")
+    async def teacher(asker: Annotated[Identity, Depends(guard.anyone)]) -> dict[str, Any]:
+        return json_format.MessageToDict(await service.describe(pb.DescribeRequest(), asker.tenant))
 
     app.include_router(routes(guard, books))
     app.include_router(usage_routes(guard, books, service))

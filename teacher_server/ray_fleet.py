@@ -13,13 +13,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from protos.targets import Targets
 from teacher_server.config import ServeOnRaySettings
 from teacher_server.ray_replicas import Replica, ReplicaFailed, Serving, what_ray_may_know
 from teacher_server.scaling import Load, Moment, Policy, moment, queue_seconds, wanted
@@ -41,14 +42,19 @@ class _Member:
     serving: Serving | None = None
     load: Load | None = None
     task: asyncio.Task[None] | None = None
+    scraped_at: str = ""
+    """While it serves, and until it has drained."""
 
 
 class Fleet:
     """Keeps as many replicas as are wanted, and says how many those are. For one event loop."""
 
-    def __init__(self, settings: ServeOnRaySettings, say: Callable[[str], None]) -> None:
-        """`say`: is called with a line for people and scripts when a replica is ready, or has been drained."""
-        self._settings, self._say = settings, say
+    def __init__(
+        self, settings: ServeOnRaySettings, say: Callable[[str], None], targets: Targets | None = None
+    ) -> None:
+        """`say`: is called with a line for people and scripts when a replica is ready, or has been drained.
+        `targets`: where Prometheus is told of them."""
+        self._settings, self._say, self._targets = settings, say, targets
         self._policy = Policy(
             minimum=settings.min_replicas,
             maximum=settings.max_replicas or settings.min_replicas,
@@ -127,6 +133,7 @@ class Fleet:
         finally:
             _ray.kill(actor)
             self._members.remove(member)
+            self._tell_prometheus()
 
     async def _serve(self, member: _Member, actor: Any) -> None:
         serving = await self._started(member, actor)
@@ -139,6 +146,8 @@ class Fleet:
                 "file of weights, or another version of the model; give all nodes the same"
             )
         self._fingerprint = serving.fingerprint
+        member.scraped_at = serving.scraped_at
+        self._tell_prometheus()
         self._say(
             f"replica {member.slot} ready, grpc {serving.grpc_address}, http {serving.http_address}, teacher "
             f"{serving.teacher} ({serving.fingerprint}), {serving.megaflops:.1f} MFLOPs a sample"
@@ -151,6 +160,14 @@ class Fleet:
             await _waited(member.stop, _TICK_SECONDS)
         await self._drained(actor)
         self._say(f"replica {member.slot} drained")
+
+    def _tell_prometheus(self) -> None:
+        if self._targets is None:
+            return
+        try:
+            self._targets.write([member.scraped_at for member in self._members if member.scraped_at])
+        except OSError as error:  # the replicas serve all the same
+            _log.warning("metrics_targets: Prometheus is not told that a replica came or went: %s", error)
 
     async def _drained(self, actor: Any) -> None:
         await asyncio.wait_for(_reply(actor.drain.remote()), self._settings.drain_seconds + _PATIENCE_SECONDS)
@@ -236,4 +253,5 @@ async def _serve(settings: ServeOnRaySettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)  # in the place of Ray's own
-    await Fleet(settings, lambda line: print(f"teacher-server: {line}", flush=True)).run(stop)  # noqa: T201
+    with Targets(settings.metrics_targets, "replicas") if settings.metrics_targets else nullcontext() as targets:
+        await Fleet(settings, lambda line: print(f"teacher-server: {line}", flush=True), targets).run(stop)  # noqa: T201

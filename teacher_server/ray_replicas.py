@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ray
 from pydantic import SecretStr, ValidationError
 
+from teacher_server.addresses import scraped
 from teacher_server.config import ServeOnRaySettings
 from teacher_server.log_lines import logging_to
 from teacher_server.scaling import Load
@@ -25,6 +26,8 @@ class Serving(NamedTuple):
 
     grpc_address: str
     http_address: str
+    scraped_at: str
+    """host:port of its HTTP port, for Prometheus."""
     teacher: str
     fingerprint: str
     megaflops: float
@@ -64,13 +67,16 @@ class Replica:
 
         with logging_to(sys.stderr):
             try:
-                async with teacher_server(_settings_here(self._slot, self._given)) as server:
+                settings = _settings_here(self._slot, self._given)
+                async with teacher_server(settings) as server:
                     self._server = server
                     about = server.description
+                    ports = (int(at.rpartition(":")[2]) for at in (server.grpc_address, server.http_address))
                     ready.set_result(
                         Serving(
                             server.grpc_address,
                             server.http_address,
+                            scraped(settings, *ports),
                             about.name,
                             about.fingerprint,
                             about.flops_per_sample / 1e6,

@@ -88,13 +88,16 @@ class Service:
         """From here on queries are refused with UNAVAILABLE; those already queued are finished."""
         self.not_ready = why
 
-    async def describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
+    async def describe(self, request: pb.DescribeRequest, tenant: str = "") -> pb.DescribeResponse:
+        """`tenant`: the caller's, who is told of it."""
         check_fields(request)
         if not self._teachers:
             raise Draining(f"this replica describes no teacher yet ({self.not_ready}); ask again, or another one")
         teachers = [self._teacher(request.teacher)] if request.teacher else self._teachers.values()
         reply = pb.DescribeResponse(
-            teachers=[teacher.description for teacher in teachers], server_version=version("preceptor")
+            teachers=[teacher.description for teacher in teachers],
+            server_version=version("preceptor"),
+            tenant=tenant,
         )
         if self.registry is not None:
             reply.address = self.registry.address
