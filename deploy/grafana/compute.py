@@ -117,7 +117,7 @@ def built() -> models.Dashboard:
             axis="samples / s",
         ),
         lines(
-            "Saved against full KD",
+            "Saved, by selection and by the cache",
             {
                 "by selection": share(
                     rate("preceptor_unasked_samples_total"),

@@ -84,10 +84,10 @@ def built() -> models.Dashboard:
             stacked=True,
         ),
         lines(
-            "Queries refused",
+            "Queries refused, by reason",
             {"{{tenant}}: {{outcome}}": rate("preceptor_queries_total", "tenant, outcome", REFUSED)},
             "reqps",
-            "By reason; of those that were refused before they were admitted, the job is `other`.",
+            "Of those that were refused before they were admitted, the job is `other`.",
             stacked=True,
         ),
     ]
@@ -156,10 +156,10 @@ def built() -> models.Dashboard:
     ]
     stores = [
         lines(
-            "Cache hits",
+            "Cache hits, by replica",
             {"{{instance}}": hits("instance")},
             "percentunit",
-            "Of the samples looked up, by replica.",
+            "Of the samples looked up.",
             width=8,
             top=1,
         ),
@@ -194,7 +194,7 @@ def built() -> models.Dashboard:
             bad="down",
         ),
         states(
-            "Replicas ready",
+            "Ready, over time",
             {"{{instance}}": "min by (instance) (preceptor_ready)"},
             "As their /readyz says.",
             good="ready",

@@ -10,7 +10,8 @@ ABOUT = ("tenant", "job", "method", "dataset", "student", "strategy", "mixing", 
 ACCURACY = f"max by ({RUNS}) ({of('preceptor_student_accuracy_ratio')})"
 # After each epoch it is another, as a rule: a point for each, and none for the time between.
 NEW_ACCURACY = f"{ACCURACY} unless {ACCURACY[:-1]} offset $__interval) == {ACCURACY}"
-ASKED = f"sum by ({RUNS}) ({of('preceptor_student_asked_samples_total')})"
+# Of all its processes: a run that was killed and goes on counts anew.
+ASKED = f"sum by ({RUNS}) (last_over_time({of('preceptor_student_asked_samples_total')}[$__range]))"
 LOSS = mean("preceptor_student_loss", RUNS)
 CANDIDATES = "preceptor_student_candidate_samples_total"
 ASKED_NAME = "preceptor_student_asked_samples_total"
@@ -31,10 +32,10 @@ def uncertainty(decision: str) -> str:
 def built() -> models.Dashboard:
     source = 'tenant=~"$tenant", job=~"$job", source=~"cached|coalesced"'
     steps, planned = (
-        f"sum by ({RUNS}) ({of_range(f'preceptor_student_{name}')})" for name in ("steps_total", "planned_steps")
+        f"max by ({RUNS}) ({of_range(f'preceptor_student_{name}_steps')})" for name in ("reached", "planned")
     )
     first = [
-        figure("Runs", f"count(count by ({RUNS}) ({INFO}))", "short", "That are under way now.", empty="none"),
+        figure("Runs under way", f"count(count by ({RUNS}) ({INFO}))", "short", "Now.", empty="none"),
         figure(
             "Best accuracy",
             f"max({of_range('preceptor_student_accuracy_ratio')})",
@@ -92,7 +93,7 @@ def built() -> models.Dashboard:
     ]
     selection = [
         lines(
-            "Selection rate",
+            "Selection rate, by job",
             {RUN: share(rate(ASKED_NAME, RUNS), rate(CANDIDATES, RUNS))},
             "percentunit",
             "Samples asked about, of those seen.",
@@ -151,7 +152,7 @@ def built() -> models.Dashboard:
             "is": (f"max by ({', '.join(ABOUT)}) ({of_range('preceptor_student_info')})", "short"),
             "accuracy": (f"max by ({RUNS}) ({of_range('preceptor_student_accuracy_ratio')})", "percentunit"),
             "steps": (steps, "locale"),
-            "asked": (f"sum by ({RUNS}) ({of_range(ASKED_NAME)})", "locale"),
+            "asked": (ASKED, "locale"),
         },
         "Of the range, those that have ended too.",
         labels=ABOUT,
