@@ -18,7 +18,7 @@ from protos import teacher_pb2 as pb
 from tests.asking import refusal, stub_at
 from tests.ray_training import Exact, save_exact
 from tests.serving import ROOT, until
-from tests.watching import TOKENS, needs_prometheus, rules, watching
+from tests.watching import TOKENS, needs_prometheus, promtool, rules, watching
 
 FOLDER = ROOT / "deploy/grafana"
 BOARDS = {file.stem: json.loads(file.read_text()) for file in sorted((FOLDER / "dashboards").glob("*.json"))}
@@ -28,6 +28,12 @@ BUILT_IN = {"__interval", "__rate_interval", "__range", "__url_time_range"}
 def panels(board):
     """Those that show something."""
     return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+def targets_of(uid, title):
+    """The queries of a panel."""
+    (panel,) = (panel for panel in panels(BOARDS[uid]) if panel["title"] == title)
+    return panel["targets"]
 
 
 def everything(value):
@@ -102,6 +108,40 @@ def test_provisioning_points_at_what_there_is():
     assert given["options"]["path"] == "/var/lib/grafana/dashboards"
 
 
+# ---------------------------------------------------------------- made-up replicas
+
+SPENT = "preceptor_charged_samples_total"
+HISTORIES = {
+    "steady": ({"a": "0+10x80"}, 400),
+    "of two": ({"a": "0+10x80", "b": "0+5x80"}, 600),
+    "born": ({"a": "_x60 64+10x20"}, 264),
+    "gone": ({"a": "0+10x60 stale"}, 200),
+    "moved": ({"a": "0+10x60 stale", "b": "_x61 7+10x19"}, 397),
+    "restarted": ({"a": "1000+10x50 0+10x29"}, 390),
+}
+"""{tenant: ({replica: its counter every 15 s}, what it gained in the last 10 of 20 minutes)}"""
+
+
+@needs_prometheus
+def test_totals_are_right_where_replicas_restart_come_and_go(tmp_path):
+    """To the sample, but for a restart under the same name: that one Prometheus estimates."""
+    (target,) = targets_of("preceptor-compute", "Samples computed")
+    series = [
+        {"series": f'{SPENT}{{tenant="{tenant}", job="j", instance="{replica}"}}', "values": values}
+        for tenant, (replicas, _) in HISTORIES.items()
+        for replica, values in replicas.items()
+    ]
+    cases = []
+    for tenant, (_, gained) in HISTORIES.items():
+        total = target["expr"].replace("$tenant", tenant).replace("$job", ".*").replace("$__range", "10m")
+        if tenant == "restarted":
+            total = f"vector({gained}) and {total} > {0.95 * gained} and {total} < {1.05 * gained}"
+        cases.append({"expr": total, "eval_time": "20m", "exp_samples": [{"labels": "{}", "value": gained}]})
+    file = tmp_path / "totals.yml"
+    file.write_text(yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": cases}]}))
+    promtool("test", "rules", file)
+
+
 # ---------------------------------------------------------------- a real Prometheus, teacher and student
 
 RATE, STEP, RANGE = 5, 4, 600
@@ -144,13 +184,7 @@ class Looked:
 
     def figures(self, uid, title, ref="A"):
         """{(tenant, job): value} of a table's or figure's query; of all together: the value."""
-        (target,) = (
-            target
-            for panel in panels(BOARDS[uid])
-            if panel["title"] == title
-            for target in panel["targets"]
-            if target["refId"] == ref
-        )
+        (target,) = (target for target in targets_of(uid, title) if target["refId"] == ref)
         found = {
             (labels.get("tenant"), labels.get("job")): float(values[-1][1]) for labels, values in self.shown(target)
         }
@@ -319,8 +353,7 @@ def test_the_students_board_says_what_the_student_did(seen):
 @pytest.mark.parametrize("title", ["Accuracy against teacher samples", "Loss against teacher samples"])
 def test_both_sides_of_a_curve_are_there_at_the_same_moments(seen, title):
     """So that Grafana's merge makes a row of each moment; what is on the x axis only grows."""
-    (panel,) = (panel for panel in panels(BOARDS["preceptor-students"]) if panel["title"] == title)
-    x, y = (seen.after.shown(target) for target in panel["targets"])
+    x, y = (seen.after.shown(target) for target in targets_of("preceptor-students", title))
     assert [labels for labels, _ in x] == [labels for labels, _ in y] == [{"tenant": "red", "job": "digits"}]
     ((_, xs),), ((_, ys),) = x, y
     assert [when for when, _ in xs] == [when for when, _ in ys]

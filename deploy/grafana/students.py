@@ -7,9 +7,11 @@ from queries import JOB, mean, of, rate, share, total
 
 RUNS = "tenant, job"
 ABOUT = ("tenant", "job", "method", "dataset", "student", "strategy", "mixing", "fingerprint")
-ACCURACY = f"max by ({RUNS}) ({of('preceptor_student_accuracy_ratio')})"
+ACCURACY, EARLIER = (
+    f"max by ({RUNS}) ({of('preceptor_student_accuracy_ratio')}{when})" for when in ("", " offset $__interval")
+)
 # After each epoch it is another, as a rule: a point for each, and none for the time between.
-NEW_ACCURACY = f"{ACCURACY} unless {ACCURACY[:-1]} offset $__interval) == {ACCURACY}"
+NEW_ACCURACY = f"({ACCURACY} unless {ACCURACY} == {EARLIER})"
 # Of all its processes: a run that was killed and goes on counts anew.
 ASKED = f"sum by ({RUNS}) (last_over_time({of('preceptor_student_asked_samples_total')}[$__range]))"
 LOSS = mean("preceptor_student_loss", RUNS)
@@ -75,16 +77,16 @@ def built() -> models.Dashboard:
         against(
             "Accuracy against teacher samples",
             ("samples asked", f"{ASKED} and {NEW_ACCURACY}"),
-            ("accuracy", f"({NEW_ACCURACY}) and {ASKED}", "percentunit"),
-            "A point after each epoch, by the samples that the run had asked about till then (as scraped, so up to one "
-            "scrape more). Two epochs of the same accuracy are one point. Hard labels alone ask nothing.",
+            ("accuracy", f"{NEW_ACCURACY} and {ASKED}", "percentunit"),
+            "A point after each epoch, by the samples that the run had asked about till then: of this range, over all "
+            "its processes, as scraped, so up to one scrape more. Two epochs of the same accuracy are one point.",
             top=1,
         ),
         against(
             "Loss against teacher samples",
             ("samples asked", f"{ASKED} and {LOSS}"),
             ("loss", f"{LOSS} and {ASKED}", "short"),
-            "Mean loss of the steps of a rate interval, by the samples that the run had asked about.",
+            "Mean of the steps of a rate interval, by the samples that the run had asked about till then.",
         ),
     ]
     over_time = [
