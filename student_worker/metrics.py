@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,14 +49,15 @@ class _Sum:
 
 
 class _Uncertainty:
+    """Of the samples for which one thing was decided."""
+
     def __init__(self) -> None:
-        self.buckets = np.zeros(len(_TENTHS), np.int64)
+        self.counts = np.zeros(len(_TENTHS) + 1, np.int64)  # the last are those above 1, of which there are none
         self.total = 0.0
 
-    def add(self, ratios: "np.ndarray[Any, np.dtype[np.floating[Any]]]") -> None:
-        """Those of some samples, [n], 0..1."""
-        self.buckets += np.bincount(np.searchsorted(_TENTHS, ratios).clip(max=9), minlength=10)
-        self.total += float(ratios.sum())
+    def add(self, counts: "np.ndarray[Any, np.dtype[np.int64]]", total: float) -> None:
+        self.counts += counts
+        self.total += total
 
 
 class Metrics(Collector):
@@ -109,6 +110,8 @@ class Metrics(Collector):
         self._labels: dict[str, str] = {}
         self._fingerprint = ""
         self._stack = ExitStack()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
         self._lock = threading.Lock()  # held by a step for its few additions, and while they are copied for a page
         self._reading = threading.Lock()  # one page at a time
@@ -121,16 +124,16 @@ class Metrics(Collector):
         self._since: float | None = None
 
     def __enter__(self) -> Self:
+        if self._unix is not None and self._unix.observer is not None:
+            raise ValueError("this Unix has an observer: leave its other Metrics first")
         tenant = ""
         if self._teacher is not None:
             self._fingerprint = self._teacher.describe().fingerprint
             tenant = self._teacher.tenant
         self._labels = {"tenant": tenant, "job": self.job, "rank": self._rank}
-        registry = CollectorRegistry()
-        registry.register(self)
         host = local_host(self._teacher.addresses if self._teacher else ())
         with ExitStack() as stack:
-            page = Page(host, self._port, lambda: generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4)
+            page = Page(host, self._port, self.page, CONTENT_TYPE_PLAIN_0_0_4)
             self._page = stack.enter_context(page)
             if self._targets is not None:
                 targets = stack.enter_context(Targets(self._targets, f"{self.job}-{self._rank}"))
@@ -144,12 +147,13 @@ class Metrics(Collector):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ended = monotonic()
         with self._stack:
             if self._unix is not None:
                 self._unix.observer = None
             if kind is None and (patience := self._page.patience()):
                 self._say(f"{self.job}: waits up to {patience:.0f} s for Prometheus to fetch its last metrics")
-                self._page.wait(patience)
+                self._page.wait(ended, patience)
 
     @property
     def url(self) -> str:
@@ -185,14 +189,16 @@ class Metrics(Collector):
 
     def selected(self, uncertainty: Tensor, kept: Tensor) -> None:
         """As unix.Observer has it; so has `answered`."""
-        ratios = uncertainty.numpy()
-        dropped = np.ones(len(ratios), bool)
-        dropped[kept.numpy()] = False
+        ratios, places = uncertainty.numpy(), kept.numpy()
+        buckets = _TENTHS.searchsorted(ratios)
+        counts = np.bincount(buckets, minlength=len(_TENTHS) + 1)
+        kept_counts = np.bincount(buckets[places], minlength=len(_TENTHS) + 1)
+        total, kept_total = float(ratios.sum()), float(ratios[places].sum())
         with self._lock:
             self._candidates += len(ratios)
             self._asked += len(kept)
-            self._uncertainty["kept"].add(ratios[~dropped])
-            self._uncertainty["dropped"].add(ratios[dropped])
+            self._uncertainty["kept"].add(kept_counts, kept_total)
+            self._uncertainty["dropped"].add(counts - kept_counts, total - kept_total)
 
     def answered(self, sources: tuple[str, ...], seconds: float) -> None:
         with self._lock:
@@ -201,10 +207,14 @@ class Metrics(Collector):
 
     # ------------------------------------------------------------ a scrape
 
-    def collect(self) -> Iterator[Metric]:
+    def page(self) -> bytes:
+        """What Prometheus is answered."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> list[Metric]:
         """Everything, as it stands."""
         with self._reading:
-            yield from self._collected()
+            return list(self._collected())
 
     def _collected(self) -> Iterator[Metric]:
         with self._lock:
@@ -223,11 +233,11 @@ class Metrics(Collector):
         yield self._gauge("info", "The run; always 1.", 1, self._about | {"fingerprint": self._fingerprint})
         yield self._counter("steps", "Steps that the optimiser has taken in this process.", steps)
         reached = self._before + steps
-        yield self._gauge("reached_steps", "Steps of the whole run so far, those before it was resumed too.", reached)
+        yield self._gauge("reached_steps", "Steps of the whole run so far, with those before it was resumed.", reached)
         if self.planned_steps is not None:
             yield self._gauge("planned_steps", "Steps of the whole run.", self.planned_steps)
         yield self._summary("loss", "Loss of each step.", loss)
-        yield self._summary("step_seconds", "A whole step, its wait included; not this process's first.", step)
+        yield self._summary("step_seconds", "A whole step, its wait included.", step)
         if self._accuracy is not None:
             yield self._gauge("accuracy_ratio", "On the test set, after the last epoch, 0 to 1.", self._accuracy)
         if not self._asks:
@@ -245,7 +255,7 @@ class Metrics(Collector):
         )
         for decision, seen in uncertainty.items():
             bounds = [*(f"{bound:.1f}" for bound in _TENTHS), "+Inf"]
-            counts = [*seen.buckets.cumsum().tolist(), int(seen.buckets.sum())]
+            counts = seen.counts.cumsum().tolist()
             how_sure.add_metric([*labels.values(), decision], list(zip(bounds, counts, strict=True)), seen.total)
         yield how_sure
         yield self._summary("teacher_wait_seconds", "How long a step waited for its answers.", wait)

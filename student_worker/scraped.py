@@ -31,6 +31,7 @@ class Page:
         self._host, self._port = host, port
         self._content, self._kind = content, kind
         self._scrapes: deque[float] = deque(maxlen=_SCRAPES)  # when each began
+        self._answered = 0.0  # when that one began which had its answer and began last
         self._came = threading.Condition()
         self.address = ""
         """host:port."""
@@ -66,15 +67,17 @@ class Page:
         interval = max(later - earlier for earlier, later in pairwise(scrapes))
         return min(max(0.0, scrapes[-1] + 2 * interval - monotonic()), _LONGEST_WAIT)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether a scrape that began after now had its answer within so many seconds; returns as soon as one has."""
-        now = monotonic()
+    def wait(self, since: float, seconds: float) -> bool:
+        """Whether a scrape that began after `since`, a time.monotonic(), had its answer within so many seconds from
+        now on; returns as soon as one has."""
         with self._came:
-            return self._came.wait_for(lambda: any(began >= now for began in self._scrapes), seconds)
+            return self._came.wait_for(lambda: self._answered >= since, seconds)
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         began = monotonic()
-        found = request.path.partition("?")[0] == _PATH
+        if found := request.path.partition("?")[0] == _PATH:
+            with self._came:
+                self._scrapes.append(began)
         content = self._content() if found else f"only {_PATH} is here\n".encode()
         request.send_response(200 if found else 404)
         request.send_header("Content-Type", self._kind if found else "text/plain")
@@ -83,7 +86,7 @@ class Page:
         request.wfile.write(content)
         if found:
             with self._came:
-                self._scrapes.append(began)
+                self._answered = max(self._answered, began)
                 self._came.notify_all()
 
     def _opened(self) -> ThreadingTCPServer:
@@ -130,7 +133,8 @@ def local_host(addresses: Sequence[str]) -> str:
         except OSError as error:
             failed = error
             continue
-        for family, kind, _, _, place in places:
+        # IPv4 first: whoever has the teacher at localhost looks for our page at 127.0.0.1.
+        for family, kind, _, _, place in sorted(places, key=lambda one: one[0] != socket.AF_INET):
             try:
                 with socket.socket(family, kind) as probe:
                     probe.connect(place)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+import torch
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -19,6 +20,7 @@ from teacher_server.metrics import MAX_JOBS, Metrics
 from tests.asking import asking, get, metric, pixels, put, refusal, stub_at
 from tests.batching import Clock
 from tests.serving import GATE, ROOT, arguments, serving, until
+from tests.test_system import small_student, to_student
 
 TEACHER = pb.TeacherDescription(flops_per_sample=1e6, price=pb.Price(nanos_per_sample=2000, currency="EUR"))
 
@@ -212,6 +214,28 @@ def exported(page):
     return families
 
 
+DOCS = (ROOT / "docs/metrics.md").read_text()
+
+
+def documented(*, students):
+    return {name: row for name, row in rows(DOCS).items() if name.startswith("preceptor_student_") == students}
+
+
 def test_the_docs_list_every_metric_with_type_labels_and_meaning(tmp_path):
     with waiting(tmp_path) as server:
-        assert rows((ROOT / "docs/metrics.md").read_text()) == exported(get(server, "/metrics"))
+        assert documented(students=False) == exported(get(server, "/metrics"))
+
+
+def test_the_docs_list_every_metric_of_a_student_and_their_loop_runs(server):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
+    student = small_student()
+    names = {
+        "loader": [to_student(torch.from_numpy(pixels(64, seed=i))) for i in range(2)],
+        "student": student,
+        "optimizer": torch.optim.SGD(student.parameters(), 0.1),
+    }
+    exec(code.replace("localhost:8001", server.grpc_address).replace("port=9101", "planned_steps=2"), names)
+    page = names["metrics"].page().decode()
+    assert documented(students=True) == exported(page)
+    assert 'preceptor_student_steps_total{job="my-run",rank="0",tenant="default"} 2.0' in page
+    names["teacher"].close()

@@ -19,7 +19,7 @@ import pytest
 
 from protos import teacher_pb2 as pb
 from student_worker import TeacherClient
-from tests.asking import asking, direct, pixels, stub_at
+from tests.asking import asking, direct, page, pixels, stub_at
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.redis_servers import AOF, running
 from tests.serving import ROOT, free_port, until
@@ -157,10 +157,23 @@ def alive(cluster):
     return [pid for pid, state in actors(cluster).items() if state == "ALIVE"]
 
 
-def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place):
+def scraped(folder):
+    """{gRPC address: HTTP address} of the replicas that Prometheus is told of."""
+    (file,) = folder.glob("replicas-*.json")
+    ((group),) = json.loads(file.read_text())
+    told = {}
+    for address in group["targets"]:
+        assert "preceptor_ready 1.0" in page(address)
+        told[json.loads(page(address, "/v1/teacher"))["address"]] = address
+    return told
+
+
+def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place, tmp_path):
     scaling = {"max_replicas": 2, "target_queue_milliseconds": 60, "scale_down_seconds": 4}
+    scaling["metrics_targets"] = tmp_path / "targets"
     with Command(place.cluster.environment, **place.settings, **scaling) as command:
         ((slot, first),) = command.ready()
+        assert [*scraped(tmp_path / "targets")] == [first]
         assert slot == "0"
         assert described(first).address == first
         assert told(first) == {first}
@@ -169,6 +182,7 @@ def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place):
             (_, (slot, second)) = command.ready(2)
             assert slot == "1"
             until(lambda: told(first) == told(second) == {first, second})
+            assert {*scraped(tmp_path / "targets")} == {first, second}
             with Callers([second, first], 2) as pair:
                 until(lambda: pair.answered > 10 * SAMPLES)
                 (dies,) = {*alive(place.cluster)} - {stays}
@@ -176,12 +190,14 @@ def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place):
                 (*_, (slot, third)) = command.ready(3)
                 assert slot == "1", "the place of the one that died, with what it left"
                 until(lambda: told(first) == {first, third})
+                assert {*scraped(tmp_path / "targets")} == {first, third}
         with Callers([third, first], 1) as one:  # which a single replica can bear
             command.saying("replica 1 drained")
             after = one.answered
             until(lambda: one.answered > after + 5 * SAMPLES)
             until(lambda: told(first) == {first})
         until(lambda: len(alive(place.cluster)) == 1)
+        until(lambda: [*scraped(tmp_path / "targets")] == [first])
         everyone = (crowd, pair, one)
         assert [callers.failures for callers in everyone] == [[], [], []]
         assert sum(callers.wrong for callers in everyone) == 0
@@ -190,6 +206,7 @@ def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place):
         assert command.process.wait(60) == 0
         assert "replica 0 drained" in command.said
         assert place.password not in command.said
+    assert not [*(tmp_path / "targets").iterdir()]
     until(lambda: not alive(place.cluster))
     spent = ledger(place, "export")
     charged = sum(int(line["computed"]) for line in csv.DictReader(io.StringIO(spent)) if line["job"] == JOB)
@@ -212,11 +229,11 @@ def late_answers(address, command):
 
 
 def assert_nothing_secret(place, command):
-    for page in PAGES:
-        with urllib.request.urlopen(f"{place.cluster.dashboard}{page}", timeout=20) as reply:
+    for path in PAGES:
+        with urllib.request.urlopen(f"{place.cluster.dashboard}{path}", timeout=20) as reply:
             shown = reply.read().decode()
-        assert place.password not in shown, page
-        assert page != PAGES[0] or "Replica" in shown
+        assert place.password not in shown, path
+        assert path != PAGES[0] or "Replica" in shown
     files = [file for file in place.cluster.folder.rglob("*") if file.is_file()]
     assert len(files) > 20
     assert [file for file in files if place.password.encode() in file.read_bytes()] == []

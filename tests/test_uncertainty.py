@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_worker.mixup import ranking
-from student_worker.uncertainty import STRATEGIES, uncertainty
+from student_worker.uncertainty import STRATEGIES, as_ratio, uncertainty
 
 CASES = json.loads((Path(__file__).parent / "reference" / "unix_vectors.json").read_text())["cases"]
 SCORED = [strategy for strategy in STRATEGIES if strategy != "random"]
@@ -41,6 +41,23 @@ def test_bounded_for_all_finite_logits(strategy, logits):
     low, high = {"confidence": (0, 2 / 3), "margin": (-1, 0), "entropy": (0, math.log(3))}[strategy]
     assert scores.shape == (len(logits),)
     assert ((scores >= low - 1e-5) & (scores <= high + 1e-5)).all()  # False for NaN
+
+
+@pytest.mark.parametrize("strategy", SCORED)
+@pytest.mark.parametrize("classes", [2, 10])
+def test_as_a_ratio_it_goes_from_sure_to_the_most_unsure(strategy, classes):
+    sure, even = torch.zeros(classes), torch.zeros(classes)
+    sure[1] = 1e4
+    ratios = as_ratio(uncertainty(torch.stack([sure, even]), strategy), strategy, classes)
+    assert ratios.tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert ratios.max() <= 1
+
+
+def test_ratios_by_hand():
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    for strategy, expected in (("confidence", 0.75), ("margin", 0.75), ("entropy", 1.5 * math.log(2) / math.log(3))):
+        assert as_ratio(uncertainty(logits, strategy), strategy, 3).item() == pytest.approx(expected)
+    assert as_ratio(torch.tensor([0.25]), "random", 0).item() == 0.25
 
 
 def test_underflow_is_certainty():
