@@ -97,7 +97,8 @@ def built() -> models.Dashboard:
         order_by="device time",
         left_out="asked",
     )
-    student = "/d/preceptor-students?var-tenant=${__data.fields.tenant:percentencode}&var-job=${__data.fields.job:percentencode}&${__url_time_range}"
+    chosen = "&".join(f"var-{label}=${{__data.fields.{label}:percentencode}}" for label in ("tenant", "job"))
+    student = f"/d/preceptor-students?{chosen}&${{__url_time_range}}"
     override(table, "job", links=[{"title": "Its student", "url": student, "targetBlank": False}])
     override(table, "money", decimals=2)
     answers = [
