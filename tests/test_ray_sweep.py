@@ -151,13 +151,15 @@ def test_what_is_mixed_afresh_is_not_shared_and_no_trial_ends_another(sweep, tea
     assert "Sharing saved 0 answers: a mixed sample is drawn afresh, partner and share" in out
 
 
-def test_asha_ends_those_that_lag_and_says_by_what(sweep):
+def test_asha_ends_those_that_lag_and_says_by_what(sweep, tmp_path):
     """One after another, so that it is known who is there to compare with; labels alone need no teacher."""
     options = ["--method", "hard", "--asha", "--epochs", "3", "--concurrent-trials", "1"]
+    options += ["--metrics-targets", tmp_path / "targets"]
     status, out, err, report = sweep("pruned", {"learning_rate": [0.2, 1e-7]}, *options)
     assert status == 0, err
     assert [trial["status"] for trial in report["trials"]] == ["finished", "pruned"]
     assert [trial["epochs"] for trial in report["trials"]] == [3, 1]
+    assert [*(tmp_path / "targets").iterdir()] == [], "also the one that was ended is told of no more"
     assert "ASHA ended 1 trials early, by validation" in out
     assert "NOT at equal steps: from 23 to 69." in out
     assert report["trials"][0]["test"] > report["trials"][1]["test"]

@@ -134,16 +134,19 @@ def test_whichever_rank_dies_while_a_state_is_saved(teacher, undisturbed, tmp_pa
 
 def test_a_killed_worker_costs_nothing(cluster, teacher, undisturbed, tmp_path):
     """SIGKILL in an epoch's midst: the run ends as one that nobody disturbed, bit for bit, and was charged as much."""
-    job = "killed"
-    with training(cluster, teacher, tmp_path / "out", job) as (train, said):
+    job, targets = "killed", tmp_path / "targets"
+    with training(cluster, teacher, tmp_path / "out", job, metrics_targets=targets) as (train, said):
         # The second epoch's first five steps are behind it.
         while not list((tmp_path / "out").glob("state-rank1-1-3?.pt")):
             assert train.poll() is None, said
             time.sleep(0.01)
+        told = sorted(path.name.rpartition("-")[0] for path in targets.glob("*.json"))
+        assert told == ["killed-0", "killed-1"]
         (pid,) = re.findall(r"worker 1 of 2, process (\d+) on \S+, begins", "".join(said))
         os.kill(int(pid), signal.SIGKILL)
     text = "".join(said)
     assert train.returncode == 0, text
+    assert not list(targets.iterdir()), "those of the dead were removed by those that took their places"
     resumed = re.findall(r"worker (\d) of 2, process \d+ on \S+, goes on after step (\d+)", text)
     assert [rank for rank, _ in sorted(resumed)] == ["0", "1"], text
     ((_, first), (_, second)) = resumed
