@@ -29,7 +29,7 @@ def test_the_lines_for_a_teacher_with_a_certificate_are_understood(tmp_path):
     file.write_text(re.sub(r"# (scheme|tls_config):", r"\1:", file.read_text()))
     (tmp_path / "ca.pem").write_bytes(trustme.CA().cert_pem.bytes())
     promtool("check", "config", file)
-    scraped, _ = yaml.safe_load(file.read_text())["scrape_configs"]
+    scraped, *_ = yaml.safe_load(file.read_text())["scrape_configs"]
     assert (scraped["scheme"], scraped["tls_config"]) == ("https", {"ca_file": "ca.pem"})
 
 
