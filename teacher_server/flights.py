@@ -80,12 +80,14 @@ class Flights:
             if outcome is None and waiter.charged:  # what is paid for was asked, also by who leaves half-way
                 self._books.answered(waiter.caller, asked=waiter.charged, cached=0, coalesced=0)
         waiter.accept()
+        unasked = 0 if waiter.replayed else query.unasked  # they were counted with the first answer
+        self._metrics.of(waiter.caller).unasked.inc(unasked)
         self._books.answered(
             waiter.caller,
             asked=len(outcome.sources),
             cached=outcome.count(pb.SOURCE_CACHED),
             coalesced=outcome.count(pb.SOURCE_COALESCED),
-            unasked=0 if waiter.replayed else query.unasked,  # they were counted with the first answer
+            unasked=unasked,
             request=waiter.request,
         )
         return outcome

@@ -39,6 +39,7 @@ class JobCounters:
         self.label = label
         self.heard = 0.0
         self.asked = metrics.asked.labels(*label)
+        self.unasked = metrics.unasked.labels(*label)
         self.sources = {name: metrics.samples.labels(*label, name) for name in ("computed", "cached", "coalesced")}
         self.charged = metrics.charged_samples.labels(*label)
         self.flops = metrics.flops.labels(*label)
@@ -56,7 +57,13 @@ class JobCounters:
     def remove(self) -> None:
         """Its series end."""
         metrics = self._metrics
-        for counter in (metrics.asked, metrics.charged_samples, metrics.flops, metrics.device_seconds):
+        for counter in (
+            metrics.asked,
+            metrics.unasked,
+            metrics.charged_samples,
+            metrics.flops,
+            metrics.device_seconds,
+        ):
             counter.remove(*self.label)
         for counter, kinds in (
             (metrics.samples, self.sources),
@@ -81,6 +88,11 @@ class Metrics:
 
         job = ("tenant", "job")
         self.asked = counter("asked_samples", "Samples admitted for an answer; refused attempts do not count.", *job)
+        self.unasked = counter(
+            "unasked_samples",
+            "Samples that students had to choose from and did not ask about, as they say; counted with the answers.",
+            *job,
+        )
         self.samples = counter("samples", "Samples answered, by source.", *job, "source")
         self.charged_samples = counter("charged_samples", "Samples forwarded that the job was charged for.", *job)
         self.flops = counter("flops", "Teacher FLOPs of charged samples.", *job)

@@ -155,6 +155,7 @@ class Service:
         samples = len(found.rows)
         if samples or unasked:
             teacher.books.answered(caller, asked=samples, cached=samples, coalesced=0, unasked=unasked)
+            self._metrics.of(caller).unasked.inc(unasked)
         if samples:
             counters = self._metrics.of(caller)
             counters.asked.inc(samples)

@@ -11,12 +11,14 @@ from torch import nn
 from protos import teacher_pb2 as pb
 from protos.keys import sample_keys
 from student_worker import TeacherClient, Unix
-from tests.asking import asking, get, pixels, refusal
+from tests.asking import asking, get, metric, pixels, refusal
 from tests.students import LocalTeacher, data, net
 
 
 def line(server, job):
     (found,) = json.loads(get(server, f"/v1/spend?job={job}"))["lines"]
+    unasked = int(found["candidates"]) - int(found["asked"])
+    assert metric(server, "preceptor_unasked_samples_total", job=job) == unasked
     return {name: int(found[name]) for name in ("candidates", "asked", "computed", "cached", "coalesced")}
 
 

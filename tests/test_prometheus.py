@@ -1,42 +1,17 @@
 """deploy/prometheus: promtool's own tests of rules and alerts, and a real Prometheus that scrapes a real teacher."""
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import urllib.error
-import urllib.parse
-import urllib.request
-from contextlib import contextmanager
 
 import pytest
 import trustme
 import yaml
 
-from student_worker import TeacherClient
-from tests.asking import page, pixels
-from tests.redis_servers import running
-from tests.serving import ROOT, arguments, free_port, process, until
+from tests.asking import pixels
+from tests.serving import ROOT, arguments, until
+from tests.watching import FOLDER, configure, needs_prometheus, promtool, rules, watching
 
-FOLDER = ROOT / "deploy/prometheus"
 UNIT_TESTS = sorted((FOLDER / "tests").glob("*.yml"))
-needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")),
-    reason="no prometheus and promtool; apt-get install prometheus",
-)
-
-
-def rules(file):
-    """{name: rule} of a file of rules."""
-    groups = yaml.safe_load((FOLDER / file).read_text())["groups"]
-    return {rule.get("record") or rule["alert"]: rule for group in groups for rule in group["rules"]}
-
-
-def promtool(*arguments, **options):
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- without a server
@@ -54,7 +29,7 @@ def test_the_lines_for_a_teacher_with_a_certificate_are_understood(tmp_path):
     file.write_text(re.sub(r"# (scheme|tls_config):", r"\1:", file.read_text()))
     (tmp_path / "ca.pem").write_bytes(trustme.CA().cert_pem.bytes())
     promtool("check", "config", file)
-    (scraped,) = yaml.safe_load(file.read_text())["scrape_configs"]
+    scraped, *_ = yaml.safe_load(file.read_text())["scrape_configs"]
     assert (scraped["scheme"], scraped["tls_config"]) == ("https", {"ca_file": "ca.pem"})
 
 
@@ -87,120 +62,12 @@ def test_each_alert_says_what_it_means_and_what_to_do():
 
 # ---------------------------------------------------------------- a real Prometheus and a real teacher
 
-TOKENS = {"red": "r3d", "blue": "b1ue", "ops": "0ps"}
-
-
-class Watched:
-    """A teacher with tokens, a cache's Redis that can be killed, and the Prometheus that scrapes it each second."""
-
-    def __init__(self, folder, http, grpc, cache, port):
-        self.folder, self.http, self.grpc, self.cache = folder, http, grpc, cache
-        self._url = f"http://127.0.0.1:{port}"
-
-    def student(self, tenant, job):
-        return TeacherClient(self.grpc, job=job, token=TOKENS[tenant])
-
-    def set_budget(self, tenant, job, samples):
-        request = urllib.request.Request(
-            f"http://{self.http}/v1/budgets/{tenant}/jobs/{job}",
-            json.dumps({"unit": "samples", "limit": samples}).encode(),
-            {"content-type": "application/json", "authorization": f"Bearer {TOKENS['ops']}"},
-            method="PUT",
-        )
-        urllib.request.urlopen(request, timeout=10).close()
-
-    def api(self, path, method="GET"):
-        with urllib.request.urlopen(urllib.request.Request(self._url + path, method=method), timeout=10) as reply:
-            return json.loads(reply.read() or b"null")
-
-    def ask(self, query):
-        """{labels but those of the scrape: value} of an instant query."""
-        found = self.api("/api/v1/query?" + urllib.parse.urlencode({"query": query}))["data"]["result"]
-        return {
-            tuple(sorted((k, v) for k, v in one["metric"].items() if k not in ("__name__", "instance"))): float(
-                one["value"][1]
-            )
-            for one in found
-        }
-
-    def value(self, query):
-        (value,) = self.ask(query).values() or (None,)
-        return value
-
-    def firing(self):
-        return {dict(labels)["alertname"] for labels in self.ask('ALERTS{alertstate="firing"}')}
-
-    def hurry(self):
-        """Loads the alerts anew, with a second where they wait for minutes."""
-        file = self.folder / "alerts.yml"
-        file.write_text(re.sub(r"for: \d+m", "for: 1s", file.read_text()))
-        self.api("/-/reload", "POST")
-
-
-def configure(folder, http):
-    """The shipped files, with another address and a second where they have a minute's quarter."""
-    for name in ("rules.yml", "alerts.yml", "prometheus.yml"):
-        shutil.copy(FOLDER / name, folder)
-    (folder / "token").write_text(TOKENS["ops"])
-    config = folder / "prometheus.yml"
-    config.write_text(config.read_text().replace("15s", "1s").replace("127.0.0.1:8000", http))
-    # Drift is told from a minute of the past; here, from two seconds.
-    recording = folder / "rules.yml"
-    recording.write_text(recording.read_text().replace("offset 1m", "offset 2s"))
-    promtool("check", "config", config)
-
-
-@contextmanager
-def prometheus(folder, port):
-    command = [
-        "prometheus",
-        f"--config.file={folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--web.enable-lifecycle",
-    ]
-    log = folder / "log"
-    with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as server:
-
-        def ready():
-            assert server.poll() is None, log.read_text()
-            try:
-                return page(f"127.0.0.1:{port}", "/-/ready")
-            except urllib.error.URLError:
-                return None
-
-        try:
-            until(ready)
-            yield
-        finally:
-            server.terminate()
-
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    folder, cache_folder = tmp_path_factory.mktemp("prometheus"), tmp_path_factory.mktemp("cache")
-    roles = {"ops": " admin"}
-    lines = [
-        f"{hashlib.sha256(token.encode()).hexdigest()} {tenant}{roles.get(tenant, '')}\n"
-        for tenant, token in TOKENS.items()
-    ]
-    tokens = folder / "tokens"
-    tokens.write_text("".join(lines))
-    tokens.chmod(0o600)
-    with running(cache_folder, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as cache:
-        settings = arguments(folder) | {
-            "cache_redis_url": cache.url.replace(
-                "/self/", f"/{os.getpid()}/"
-            ),  # its socket, as another process sees it
-            "tokens_file": tokens,
-            "price_nanos": 10**6,
-            "currency": "EUR",
-        }
-        with process(**settings) as (_, grpc, http):
-            port = free_port()
-            configure(folder, http)
-            with prometheus(folder, port):
-                yield Watched(folder, http, grpc, cache, port)
+    folder = tmp_path_factory.mktemp("prometheus")
+    with watching(folder, **arguments(folder)) as watched:
+        yield watched
 
 
 CHARGED = {("red", "run-1"): 320, ("red", "run-2"): 74, ("blue", "run-1"): 228}
@@ -235,7 +102,7 @@ def test_a_healthy_run_is_told_to_the_sample_and_alarms_nobody(watched):
     until(lambda: all(watched.value(f"min(timestamp({name}))") > moment for name in names))  # all have seen it
 
     # The ledger says the same.
-    lines = json.loads(page(watched.http, "/v1/spend?tenant=*", authorization=f"Bearer {TOKENS['ops']}"))["lines"]
+    lines = json.loads(watched.told("/v1/spend?tenant=*"))["lines"]
     booked = {(line["tenant"], line["job"]): int(line["computed"]) for line in lines if line["tenant"] != "_platform"}
     assert booked == CHARGED
     assert watched.value("sum(preceptor_forwarded_samples_total)") == sum(int(line["computed"]) for line in lines)
@@ -293,9 +160,7 @@ def test_a_cache_that_is_killed_and_a_budget_nearly_spent_are_told(watched):
 
 @needs_prometheus
 def test_rules_name_only_what_is_exported(watched):
-    exported = set(
-        re.findall(r"^(?:# TYPE )?(\w+)", page(watched.http, authorization=f"Bearer {TOKENS['ops']}"), re.MULTILINE)
-    )
+    exported = set(re.findall(r"^(?:# TYPE )?(\w+)", watched.told("/metrics"), re.MULTILINE))
     recorded = rules("rules.yml").keys()
     for name, rule in {**rules("rules.yml"), **rules("alerts.yml")}.items():
         used = set(re.findall(r"[\w:]*preceptor_[\w:]+", rule["expr"]))
