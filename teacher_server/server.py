@@ -47,7 +47,7 @@ class RunningServer:
 
 @asynccontextmanager
 async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer]:
-    """Ready to answer once entered. Leaving drains: not ready, refuse, finish what is queued, close.
+    """Ready to answer once entered. Leaving drains: not ready, refuse (after a delay), finish what is queued, close.
 
     Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
     that does not load, OSError for a port that is taken.
@@ -126,14 +126,22 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         service.registry = registry
         metrics.watch(gauges.replicas(lambda: registry.alike() if registry else 0))
         try:
-            async with registry or nullcontext():  # left first: students look elsewhere before anything is refused
-                yield RunningServer(
-                    description,
-                    settings.address(grpc.port),
-                    settings.address(http.port),
-                    device_lost,
-                    load=lambda: Load(*metrics.queued(), engine.busy_nanoseconds / 1e9, sum(batcher.depth().values())),
-                )
+            async with registry or nullcontext():
+                try:
+                    yield RunningServer(
+                        description,
+                        settings.address(grpc.port),
+                        settings.address(http.port),
+                        device_lost,
+                        load=lambda: Load(
+                            *metrics.queued(), engine.busy_nanoseconds / 1e9, sum(batcher.depth().values())
+                        ),
+                    )
+                finally:  # students and balancers look elsewhere before anything is refused
+                    service.leave(service.not_ready or "draining")
+                    grpc.set_serving(False)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(device_lost.wait(), settings.shutdown_delay_seconds)
         finally:
             end = loop.time() + settings.drain_seconds
             service.drain("draining")
@@ -141,7 +149,6 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
             _log.info(
                 "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
             )
-            grpc.set_serving(False)
             with suppress(TimeoutError):
                 await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
             finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
