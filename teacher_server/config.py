@@ -127,7 +127,8 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     """After SIGTERM: how long queries are still taken while /readyz and gRPC's health say no and students are told of
     this replica no more, so that balancers look away first. Then it drains."""
     drain_seconds: float = Field(default=30.0, ge=0)
-    """After SIGTERM and that delay: how long queued queries may take to finish; what is left then is refused and the process exits."""
+    """After SIGTERM and that delay: how long queued queries may take to finish; what is left then is refused and the
+    process exits."""
     tokens_file: Path | None = None
     """Lines of `SHA256-OF-TOKEN TENANT [student|viewer|admin] [NAME]`, as `teacher-server token new` writes them; read
     again when it changes. Without the file everyone is tenant `default` and may do everything, on loopback only."""

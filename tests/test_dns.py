@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import grpc
 import pytest
+import trustme
 
 from protos import teacher_pb2_grpc
 from student_worker import TeacherClient
@@ -58,11 +59,12 @@ def pods():
     with Names() as names, ExitStack() as stack:
         running = {}
 
-        def start(number, port):
+        def start(number, port, credentials=None):
             small = Small(number)
             server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
             teacher_pb2_grpc.add_TeacherServicer_to_server(small, server)
-            bound = server.add_insecure_port(f"127.0.0.{number}:{port}")
+            address = f"127.0.0.{number}:{port}"
+            bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
             small.address = f"127.0.0.{number}:{bound}"
             server.start()
             stack.callback(server.stop, None)
@@ -102,3 +104,16 @@ def test_replicas_of_a_name_that_tell_of_nobody_take_turns_and_a_new_one_is_foun
         names.addresses.remove("127.0.0.1")
         running[1].stop(5)  # no new calls; what is under way is finished, as when a connection's time is over
         until(lambda: {who(client) for _ in range(4)} == {2, 3})
+
+
+def test_one_certificate_that_has_the_name_is_enough_for_all(pods, tmp_path):
+    _, start, _, name = pods
+    ca = trustme.CA()
+    (tmp_path / "ca.pem").write_bytes(ca.cert_pem.bytes())
+    certificate = ca.issue_cert(NAME)
+    key, chain = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
+    credentials = grpc.ssl_server_credentials([(key, chain)])
+    _, port = start(1, 0, credentials)
+    start(2, port, credentials)
+    with TeacherClient(name(port), job="student", ca_file=tmp_path / "ca.pem") as client:
+        until(lambda: {who(client) for _ in range(2)} == {1, 2})
