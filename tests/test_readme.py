@@ -1,7 +1,7 @@
 """What the README shows is run: its Python as it stands, its JSON and its command lines as far as they go.
 
-So are the command lines of docs/ray.md: ours, those that Ray is to run, and Ray's own as far as their options; and those
-of docs/kubernetes.md, kubectl's as far as the files go that they name.
+So are the command lines of docs/ray.md (ours, those that Ray is to run, and Ray's own as far as their options) and of
+docs/kubernetes.md (ours, and kubectl's as far as the files that they name).
 """
 
 import re
@@ -37,9 +37,7 @@ def commands(text, *programs):
     return [line.removeprefix("$ ") for line in lines if line.startswith(tuple(f"$ {name} " for name in programs))]
 
 
-OURS = [
-    line for text in (README, ON_RAY, ON_KUBERNETES) for line in commands(text, "teacher-server", "student-worker")
-]
+OURS = [line for text in (README, ON_RAY, ON_KUBERNETES) for line in commands(text, "teacher-server", "student-worker")]
 OURS += [
     line.partition(" -- python -m ")[2].replace("_", "-", 1)
     for line in commands(README + ON_RAY, "ray job submit")

@@ -43,7 +43,7 @@ def rules() -> str:
 def boards() -> str:
     """A ConfigMap for each file of a board."""
     names = sorted(path.name for path in BOARDS.parent.glob("*.json"))
-    listed = (f"  - {{name: grafana-preceptor-{name.removesuffix('.json')}, files: [{name}]}}\n" for name in names)
+    listed = (f"  - {{name: grafana-{name.removesuffix('.json')}, files: [{name}]}}\n" for name in names)
     return _BOARDS + "".join(listed)
 
 
