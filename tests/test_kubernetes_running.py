@@ -57,7 +57,7 @@ def test_a_store_starts_by_its_command_as_the_server_wants_it_and_ends_when_it_i
 
 
 @needs_prometheus
-def test_the_adapter_has_the_autoscalers_metrics_and_none_of_a_pod_that_keeps_a_journal(tmp_path):
+def test_the_adapter_has_the_autoscalers_metrics_and_none_while_a_pod_keeps_a_journal(tmp_path):
     (values,) = read("adapter-values.yaml")
     queries = {rule["name"]["as"]: rule["metricsQuery"] for rule in values["rules"]["custom"]}
     (autoscaler,) = read("components/autoscaling/autoscaler.yaml")
@@ -66,11 +66,13 @@ def test_the_adapter_has_the_autoscalers_metrics_and_none_of_a_pod_that_keeps_a_
     for query in queries.values():
         for metric in re.findall(r"preceptor_\w+", query):
             assert f"`{re.sub('_(sum|count)$', '', metric)}`" in known
-    fill = {"<<.LabelMatchers>>": 'namespace="preceptor",pod=~"busy|idle|apart"', "<<.GroupBy>>": "pod"}
-    rules = [
-        {"record": name, "expr": re.sub("<<.*?>>", lambda part: fill[part[0]], query)}
-        for name, query in queries.items()
-    ]
+    rules = []
+    for suffix, pods in (("", "busy|idle"), ("_with_one_apart", "busy|idle|apart")):
+        fill = {"<<.LabelMatchers>>": f'namespace="preceptor",pod=~"{pods}"', "<<.GroupBy>>": "pod"}
+        rules += [
+            {"record": name + suffix, "expr": re.sub("<<.*?>>", lambda part, fill=fill: fill[part[0]], query)}
+            for name, query in queries.items()
+        ]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "adapter", "rules": rules}]}))
 
     def series(metric, pod, values, extra=""):
@@ -95,6 +97,7 @@ def test_the_adapter_has_the_autoscalers_metrics_and_none_of_a_pod_that_keeps_a_
         }
         for name, values in expected.items()
     ]
+    checks += [{"expr": f"{name}_with_one_apart", "eval_time": "8m", "exp_samples": []} for name in expected]
     test = {"interval": "15s", "input_series": given, "promql_expr_test": checks}
     (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
     promtool("test", "rules", tmp_path / "test.yml")
