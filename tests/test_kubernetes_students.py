@@ -146,5 +146,6 @@ def test_a_job_without_ray_is_scraped_confined_and_gives_up_when_its_budget_is_s
     (monitor,) = of_kind(read("components/monitoring/monitors.yaml"), "PodMonitor")
     assert selects(monitor["spec"]["selector"], pod["metadata"]["labels"])
     assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == port["name"]
+    assert settings.metrics_port == port["containerPort"]
     assert selects(policy["spec"]["podSelector"], pod["metadata"]["labels"])
     assert policy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": port["containerPort"]}]
