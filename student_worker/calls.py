@@ -39,6 +39,11 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.min_reconnect_backoff_ms", 3000),
+    # A name may lead to many, as a headless Service of Kubernetes does. Those who tell of one another are found anyway
+    # (replicas.py); of others gRPC would ask the first alone, and after a lost connection look for new ones half a
+    # minute late.
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.dns_min_time_between_resolutions_ms", 2000),
     # All channels of a process to one address share one connection, and its waiting, unless told otherwise: a fresh
     # channel to a replica whose connection hangs would hang as well.
     ("grpc.use_local_subchannel_pool", 1),

@@ -40,7 +40,7 @@ class TeacherConfig(BaseModel, use_attribute_docstrings=True):
 
     teacher_address: str = "127.0.0.1:8001"
     """host:port of the teacher's gRPC port; several, joined by commas, share the work and take over from one another.
-    Of replicas that know one another one is enough."""
+    Of replicas that know one another one is enough, or a name that leads to all of them (dns:///NAME:PORT)."""
     teacher_name: str = ""
     """Which of the teachers served there; empty = the only one."""
     token_file: Path | None = None

@@ -120,8 +120,15 @@ class NetworkConfig(BaseModel, use_attribute_docstrings=True):
     """gRPC calls under way at once; more are refused with RESOURCE_EXHAUSTED. One tenant may have half of them."""
     max_connections: int = Field(default=512, ge=4)
     """Connections that each of the two ports takes. On the HTTP port one peer address may have a quarter of them."""
+    max_connection_age_seconds: float = Field(default=600.0, ge=1, le=10**6)
+    """A gRPC client that has been connected for as long (a tenth more or less) is asked to connect anew, and to show
+    its certificate again; behind a balancer it then may reach a newer replica. Its calls under way are finished."""
+    shutdown_delay_seconds: float = Field(default=0.0, ge=0)
+    """After SIGTERM: how long queries are still taken while /readyz and gRPC's health say no and students are told of
+    this replica no more, so that balancers look away first. Then it drains."""
     drain_seconds: float = Field(default=30.0, ge=0)
-    """After SIGTERM: how long queued queries may take to finish; what is left then is refused and the process exits."""
+    """After SIGTERM and that delay: how long queued queries may take to finish; what is left then is refused and the
+    process exits."""
     tokens_file: Path | None = None
     """Lines of `SHA256-OF-TOKEN TENANT [student|viewer|admin] [NAME]`, as `teacher-server token new` writes them; read
     again when it changes. Without the file everyone is tenant `default` and may do everything, on loopback only."""

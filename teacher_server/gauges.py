@@ -19,8 +19,8 @@ from teacher_server.store import Stores
 
 
 def readiness(not_ready: Callable[[], str | None]) -> Read:
-    """`not_ready()`: why no queries are taken."""
-    return lambda: [_gauge("ready", "1 where queries are taken, as /readyz says.", not not_ready())]
+    """`not_ready()`: why none should come."""
+    return lambda: [_gauge("ready", "1 where queries should come, as /readyz says.", not not_ready())]
 
 
 def replicas(known: Callable[[], int]) -> Read:

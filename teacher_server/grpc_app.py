@@ -25,8 +25,7 @@ _LIMITS = {
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # a peer that pings oftener
     "grpc.http2.max_ping_strikes": 2,  # is sent away
     "grpc.max_connection_idle_ms": 300_000,
-    "grpc.max_connection_age_ms": 3_600_000,  # then the client connects anew, and shows its certificate again
-    "grpc.max_connection_age_grace_ms": 300_000,
+    "grpc.max_connection_age_grace_ms": 300_000,  # for calls under way at --max-connection-age-seconds
     # No compression: gRPC would unpack a message before anybody knows how large it becomes.
     "grpc.compression_enabled_algorithms_bitset": 1,
     # Or gRPC refuses at random, and soon nearly all, of a connection that has had many calls, one after another too.
@@ -59,6 +58,7 @@ class GrpcApp:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
+                ("grpc.max_connection_age_ms", int(1000 * config.max_connection_age_seconds)),
                 # No more of one connection than of all; its tenant's share is smaller, and refused with a hint when to
                 # ask again, where what is beyond this would wait at the client's end.
                 ("grpc.max_concurrent_streams", config.max_concurrent_calls),

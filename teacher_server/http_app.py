@@ -73,7 +73,10 @@ def http_app(service: Service, authenticator: Authenticator, metrics: Metrics, b
         return Response("ok\n", media_type="text/plain")
 
     @app.get(
-        "/readyz", summary="Queries are taken", response_class=Response, responses={503: {"description": "why not"}}
+        "/readyz",
+        summary="Queries should come here",
+        response_class=Response,
+        responses={503: {"description": "why not"}},
     )
     async def readyz() -> Response:
         if service.not_ready:

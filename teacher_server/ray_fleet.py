@@ -170,7 +170,8 @@ class Fleet:
             _log.warning("metrics_targets: Prometheus is not told that a replica came or went: %s", error)
 
     async def _drained(self, actor: Any) -> None:
-        await asyncio.wait_for(_reply(actor.drain.remote()), self._settings.drain_seconds + _PATIENCE_SECONDS)
+        seconds = self._settings.shutdown_delay_seconds + self._settings.drain_seconds
+        await asyncio.wait_for(_reply(actor.drain.remote()), seconds + _PATIENCE_SECONDS)
 
     async def _started(self, member: _Member, actor: Any) -> Serving | None:
         """What it says once it serves; None where it is not wanted any more before that."""

@@ -47,7 +47,7 @@ class RunningServer:
 
 @asynccontextmanager
 async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer]:
-    """Ready to answer once entered. Leaving drains: not ready, refuse, finish what is queued, close.
+    """Ready to answer once entered. Leaving drains: not ready, refuse (after a delay), finish what is queued, close.
 
     Raises ValueError for settings that cannot be served (a public address without tokens), ModelError for a teacher
     that does not load, OSError for a port that is taken.
@@ -126,7 +126,7 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
         service.registry = registry
         metrics.watch(gauges.replicas(lambda: registry.alike() if registry else 0))
         try:
-            async with registry or nullcontext():  # left first: students look elsewhere before anything is refused
+            async with _told_of(service, grpc, registry, device_lost, settings.shutdown_delay_seconds):
                 yield RunningServer(
                     description,
                     settings.address(grpc.port),
@@ -135,17 +135,35 @@ async def teacher_server(settings: ServeSettings) -> AsyncIterator[RunningServer
                     load=lambda: Load(*metrics.queued(), engine.busy_nanoseconds / 1e9, sum(batcher.depth().values())),
                 )
         finally:
-            end = loop.time() + settings.drain_seconds
-            service.drain("draining")
-            batcher.drain()
-            _log.info(
-                "draining %d waiting samples, at most %g s", sum(batcher.depth().values()), settings.drain_seconds
-            )
+            await _drain(service, grpc, batcher, settings.drain_seconds)
+
+
+@asynccontextmanager
+async def _told_of(
+    service: Service, grpc: GrpcApp, registry: Registry | None, device_lost: asyncio.Event, delay: float
+) -> AsyncIterator[None]:
+    """Students and balancers are sent here. Left, they are sent elsewhere, and for `delay` seconds nothing is refused
+    to those who have not heard it; a lost device has nothing to give them."""
+    async with registry or nullcontext():
+        try:
+            yield
+        finally:
+            service.leave(service.not_ready or "draining")
             grpc.set_serving(False)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(grpc.idle(), settings.drain_seconds)
-            finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
-            _log.info("drained" if finished else "gave up draining; what was left is refused")
+    with suppress(TimeoutError):
+        await asyncio.wait_for(device_lost.wait(), delay)
+
+
+async def _drain(service: Service, grpc: GrpcApp, batcher: Batcher, seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    service.drain("draining")
+    batcher.drain()
+    _log.info("draining %d waiting samples, at most %g s", sum(batcher.depth().values()), seconds)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(grpc.idle(), seconds)
+    finished = await asyncio.to_thread(batcher.close, max(0.0, end - loop.time()))
+    _log.info("drained" if finished else "gave up draining; what was left is refused")
 
 
 def _guards(settings: ServeSettings, metrics: Metrics) -> tuple[Authenticator, Certificates | None]:

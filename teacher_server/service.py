@@ -77,16 +77,22 @@ class Service:
         self._teachers: dict[str, Served] = {}
         self._running: dict[tuple[Caller, str], _Running] = {}
         self.not_ready: str | None = "loading the teacher"
+        """Why nobody should come here any more, or yet; some may still do."""
+        self._takes = False
         self.registry: Registry | None = None
         """Who else serves, where it is known."""
 
     def serve(self, teacher: Served) -> None:
         self._teachers[teacher.description.name] = teacher
-        self.not_ready = None
+        self.not_ready, self._takes = None, True
+
+    def leave(self, why: str) -> None:
+        """From here on it is not ready, and queries are taken all the same."""
+        self.not_ready = why
 
     def drain(self, why: str) -> None:
         """From here on queries are refused with UNAVAILABLE; those already queued are finished."""
-        self.not_ready = why
+        self.not_ready, self._takes = why, False
 
     async def describe(self, request: pb.DescribeRequest, tenant: str = "") -> pb.DescribeResponse:
         """`tenant`: the caller's, who is told of it."""
@@ -129,7 +135,7 @@ class Service:
     async def _label(
         self, request: pb.LabelRequest, caller: Caller, deadline: float | None, trail: Trail
     ) -> pb.LabelResponse:
-        self._check_ready()
+        self._check_taken()
         check_fields(request)
         size = claimed_bytes(request)
         teacher = self._teacher(request.teacher)
@@ -142,7 +148,7 @@ class Service:
 
     async def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
         """Which answers are cached; of none, no answers are in the reply."""
-        self._check_ready()
+        self._check_taken()
         check_fields(request)
         teacher = self._teacher(request.teacher)
         keys, specs, unasked = admit_lookup(request, teacher.description)
@@ -177,8 +183,8 @@ class Service:
         except KeyError:
             raise UnknownTeacher(f"teacher: {name!r} is not served here; one of {sorted(self._teachers)}") from None
 
-    def _check_ready(self) -> None:
-        if self.not_ready:
+    def _check_taken(self) -> None:
+        if not self._takes:
             raise Draining(f"this replica takes no queries ({self.not_ready}); ask another one")
 
     async def _answer_once(self, teacher: Served, caller: Caller, asked: _Asked) -> pb.LabelResponse:

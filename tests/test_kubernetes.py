@@ -1,168 +1,325 @@
-"""The manifests of deploy/kubernetes: whole by their schemas, offline; confined; no secret in them; commands of ours.
-
-tests/reference/kuberay.json has the fields of each type that they touch, and what each holds: ray.io/v1 by KubeRay's
-API reference, the others by version 37 of Kubernetes' Python client. "!" is required, "[]" a list, "{}" a map, "a|b" a
-choice.
-"""
+"""The teacher's manifests: each overlay builds, is whole by its schemas, confined, and hangs together."""
 
 import copy
 import json
+import os
 import re
-import shlex
+import runpy
 
 import pytest
 import yaml
 
 from student_worker.__main__ import COMMANDS as STUDENT
 from student_worker.config import TrainSettings
+from teacher_server import grpc_app
+from teacher_server.config import ServeSettings
+from teacher_server.pipeline import SILENCE_SECONDS
+from tests.manifests import (
+    FOLDER,
+    HERE,
+    KUBERNETES,
+    allowed,
+    built,
+    complaints,
+    containers,
+    invalid,
+    kustomize,
+    of_kind,
+    pods,
+    read,
+    selects,
+)
 from tests.serving import ROOT
 
-SCHEMA = json.loads((ROOT / "tests/reference/kuberay.json").read_text())
-VERSIONS = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "PersistentVolumeClaim": "v1"}
-VERSIONS |= {"NetworkPolicy": "networking.k8s.io/v1"}
-PLAIN = {"string": str, "integer": int, "boolean": bool, "number": (int, float), "any": object}
-FILES = sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))
-MANIFESTS = [
-    pytest.param(manifest, id=f"{path.name}-{manifest['kind']}")
-    for path in FILES
-    for manifest in yaml.safe_load_all(path.read_text())
-]
-RAY = [param for param in MANIFESTS if param.values[0]["kind"].startswith("Ray")]
+OVERLAYS = ["base", *sorted(f"overlays/{folder.name}" for folder in (FOLDER / "overlays").iterdir())]
+pytestmark = pytest.mark.skipif(kustomize() is None, reason="needs kustomize (Debian has it since 13) or kubectl")
+overlays = pytest.mark.parametrize("overlay", OVERLAYS)
+MODELS = read("models-pod.yaml")
+ELSEWHERE = {"kubernetes.io/metadata.name": "elsewhere"}
 
 
-def complaints(value, kind, where=""):
-    """What the schema says against a value, as lines."""
-    kind = kind.removesuffix("!")
-    fields = SCHEMA.get(kind)
-    if not (fields or kind.startswith(("[]", "{}"))):
-        return [] if _fits(value, kind) else [f"{where}: {value!r} is no {kind}"]
-    if not isinstance(value, list if kind[0] == "[" else dict):
-        return [f"{where}: {value!r} is no {kind}"]
-    if not fields:
-        items = enumerate(value) if kind[0] == "[" else value.items()
-        return [line for key, item in items for line in complaints(item, kind[2:], f"{where}.{key}")]
-    lines = [f"{where}: no {name}" for name, of in fields.items() if of.endswith("!") and name not in value]
-    for name, item in value.items():
-        lines += complaints(item, fields[name], f"{where}.{name}") if name in fields else [f"{where}: what is {name}?"]
-    return lines
+def teacher(overlay):
+    (deployment,) = of_kind(built(overlay), "Deployment", "teacher")
+    return deployment["spec"]
 
 
-def _fits(value, kind):
-    """A kind of no fields. One that the schema has not fits nothing: tests/reference/kuberay.json is to say it then."""
-    if kind in PLAIN:
-        return isinstance(value, PLAIN[kind]) and not (isinstance(value, bool) and kind in {"integer", "number"})
-    return value in kind.split("|")
+def environment(overlay):
+    """What the teacher's container is given; of what the pod alone knows, something in its place."""
+    (container,) = teacher(overlay)["template"]["spec"]["containers"]
+    given = {}
+    for source in container["envFrom"]:
+        (data,) = of_kind(built(overlay), "ConfigMap", source["configMapRef"]["name"])
+        given |= data["data"]
+    here = {"TEACHER_ADVERTISE_ADDRESS": "10.0.0.7", "TEACHER_THREADS": "4"}
+    return given | {one["name"]: one.get("value", here.get(one["name"], "secret")) for one in container["env"]}
 
 
-def pods(manifest):
-    """Pod specs of a manifest, wherever."""
-    found = []
-    if isinstance(manifest, dict):
-        found += [manifest] if "containers" in manifest else []
-        manifest = list(manifest.values())
-    if isinstance(manifest, list):
-        found += [pod for item in manifest for pod in pods(item)]
-    return found
+# ---------------------------------------------------------------- by the book
 
 
-def cluster_of(manifest):
-    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
-
-
-@pytest.mark.parametrize("manifest", MANIFESTS)
-def test_a_manifest_is_whole(manifest):
-    assert manifest["apiVersion"] == VERSIONS[manifest["kind"]]
-    assert complaints(manifest, manifest["kind"]) == []
+@overlays
+def test_what_is_built_is_whole(overlay):
+    manifests = built(overlay)
+    assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {one["kind"] for one in manifests}
+    for manifest in [*manifests, *MODELS]:
+        if manifest["apiVersion"] == "monitoring.coreos.com/v1":
+            assert complaints(manifest, manifest["kind"]) == []
+        else:
+            assert [line for version in KUBERNETES for line in invalid(manifest, version)] == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("kind", "spoil", "words"),
     [
-        (lambda spec: spec.update(rayVersion=2.6), ".spec.rayVersion: 2.6 is no string"),
-        (lambda spec: spec["headGroupSpec"].pop("template"), ".spec.headGroupSpec: no template"),
-        (lambda spec: spec["workerGroupSpecs"][0].update(replica=1), ".spec.workerGroupSpecs.0: what is replica?"),
-        (lambda spec: spec["workerGroupSpecs"][0].update(replicas=True), "True is no integer"),
-        (lambda spec: pods(spec)[0]["containers"][0].pop("name"), "containers.0: no name"),
-        (lambda spec: pods(spec)[0]["containers"][0]["env"][0].update(value=1), "env.0.value: 1 is no string"),
-        (lambda spec: pods(spec)[0].update(containers={}), "containers: {} is no []Container"),
-        (lambda spec: spec["autoscalerOptions"].update(version="v3"), "'v3' is no v1|v2"),
-        (lambda spec: pods(spec)[0].update(affinity={}), ".affinity: {} is no Affinity"),
+        ("Deployment", lambda spec: spec.update(replica=3), "'replica' was unexpected"),
+        ("Deployment", lambda spec: pods(spec)[0]["containers"][0].pop("name"), "'name' is a required property"),
+        ("Deployment", lambda spec: spec["template"]["spec"].update(terminationGracePeriodSeconds="90"), "'90' is not"),
+        ("HorizontalPodAutoscaler", lambda spec: spec.pop("maxReplicas"), "'maxReplicas' is a required property"),
+        ("ServiceMonitor", lambda spec: spec["endpoints"][0].update(honor_labels=True), "what is honor_labels?"),
+        ("PrometheusRule", lambda spec: spec["groups"][0]["rules"][0].pop("expr"), "no expr"),
     ],
 )
-def test_what_is_wrong_in_one_is_found(spoil, words):
-    manifest = copy.deepcopy(RAY[0].values[0])
+def test_what_is_wrong_in_one_is_found(kind, spoil, words):
+    manifest = copy.deepcopy(of_kind(built("overlays/gpu"), kind)[-1])
     spoil(manifest["spec"])
-    assert words in "\n".join(complaints(manifest, manifest["kind"]))
+    custom = manifest["apiVersion"].startswith("monitoring")
+    assert words in "\n".join(complaints(manifest, kind) if custom else invalid(manifest, KUBERNETES[-1]))
 
 
-@pytest.mark.parametrize("manifest", RAY)
-def test_pods_are_confined_and_have_limits(manifest):
-    """As the Pod Security Standard "restricted" demands."""
-    assert pods(manifest)
-    for pod in pods(manifest):
+@overlays
+def test_pods_may_do_nothing_special(overlay):
+    """The Pod Security Standard "restricted", a root that cannot be written, and no token of Kubernetes."""
+    found = [(pod, manifest) for manifest in [*built(overlay), *MODELS] for pod in pods(manifest)]
+    assert len(found) == 4
+    for pod, manifest in found:
+        claimed = [claim["metadata"] for claim in manifest["spec"].get("volumeClaimTemplates", [])]
+        volumes = {volume["name"] for volume in pod["volumes"] + claimed}
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in pod["containers"]:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False, "TEACHER_PORT would be taken for a knob"
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        kinds = {kind for volume in pod["volumes"] for kind in volume.keys() - {"name"}}
+        assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+        for container in containers(pod):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }
             assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
             assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
-
-
-@pytest.mark.parametrize("manifest", RAY)
-def test_a_token_is_a_mounted_file_and_nothing_else(manifest):
-    nodes = [pod for pod in pods(cluster_of(manifest)) if pod["containers"][0]["name"].startswith("ray-")]
-    assert len(nodes) == 1 + len(cluster_of(manifest)["workerGroupSpecs"])
-    for pod in nodes:
-        (container,) = pod["containers"]
-        environment = {one["name"]: one["value"] for one in container["env"]}
-        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-        volumes = {volume["name"]: volume for volume in pod["volumes"]}
-        assert {mount["name"] for mount in mounts.values()} == volumes.keys()
-        folder, _, key = environment["STUDENT_TOKEN_FILE"].rpartition("/")
-        assert key == "token"  # as `kubectl create secret ... --from-file=token=` files it
-        assert mounts[folder]["readOnly"] is True
-        assert volumes[mounts[folder]["name"]]["secret"] == {"secretName": "preceptor-student", "defaultMode": 0o440}
-        assert volumes[mounts["/runs"]["name"]]["persistentVolumeClaim"] == {"claimName": "preceptor-runs"}
-        assert "STUDENT_TOKEN" not in environment
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert not container["image"].endswith(("latest", "redis")), "a version is pinned"
+    for namespace in of_kind(built(overlay), "Namespace"):
+        assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
 def test_no_file_holds_a_secret():
-    for path in FILES:
+    for path in filter(lambda path: path.is_file(), FOLDER.rglob("*")):
         text = path.read_text()
-        assert not re.search(r"preceptor_[\w-]{20,}|^kind: Secret|stringData|password", text, re.MULTILINE), path
+        assert not re.search(
+            r"preceptor_[\w-]{40,}|^kind: Secret|stringData|password: |:[^$/@]*@", text, re.MULTILINE
+        ), path
+    words = (ROOT / "docs/kubernetes.md").read_text()
+    for overlay in OVERLAYS:
+        for manifest in built(overlay):
+            assert manifest["kind"] != "Secret"
+            for name in re.findall(
+                r"'(?:secretName|secretKeyRef|credentials)': (?:{[^}]*'name': )?'([\w-]+)'", str(manifest)
+            ):
+                assert f"secret generic {name} " in words, "how it is made is said"
 
 
-@pytest.mark.parametrize("manifest", RAY)
-def test_all_run_the_same_ray_and_the_one_that_is_tested(manifest):
-    pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
-    assert cluster_of(manifest)["rayVersion"] == pinned
-    assert len({container["image"] for pod in pods(manifest) for container in pod["containers"]}) == 1
+# ---------------------------------------------------------------- the teacher
 
 
-@pytest.mark.parametrize("manifest", [param for param in RAY if param.values[0]["kind"] == "RayJob"])
-def test_a_jobs_command_is_understood_and_finds_what_it_needs(manifest, monkeypatch):
-    python, m, module, command, *options = shlex.split(manifest["spec"]["entrypoint"])
-    assert (python, m, module) == ("python", "-m", "student_worker")
-    (worker,) = cluster_of(manifest)["workerGroupSpecs"]
-    (container,) = worker["template"]["spec"]["containers"]
-    for one in container["env"]:
-        monkeypatch.setenv(one["name"], one["value"])
+@overlays
+def test_the_teacher_takes_what_it_is_given(overlay, monkeypatch, tmp_path):
+    given = environment(overlay)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+        if name.startswith("TEACHER_"):
+            assert name.removeprefix("TEACHER_").lower() in ServeSettings.model_fields
+    (container,) = teacher(overlay)["template"]["spec"]["containers"]
+    assert container["args"] == ["serve"]
+    settings = ServeSettings(_cli_parse_args=[])
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": settings.grpc_port, "http": settings.http_port}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert not mounts[str(settings.state_directory)].get("readOnly")
+    assert mounts[str(settings.tokens_file.parent)]["readOnly"] is True
+    assert str(settings.weights.parents[-2]) in mounts
+    assert settings.ledger_redis_url.get_secret_value() == "redis://:$(REDIS_LEDGER_PASSWORD)@redis-ledger:6379/0"
+    names = [one["name"] for one in container["env"]]
+    assert names.index("REDIS_LEDGER_PASSWORD") < names.index("TEACHER_LEDGER_REDIS_URL"), "or it is not filled in"
+
+
+@overlays
+def test_a_pod_has_the_time_to_look_away_drain_and_close(overlay):
+    given, pod = environment(overlay), teacher(overlay)["template"]["spec"]
+    delay, drain = float(given["TEACHER_SHUTDOWN_DELAY_SECONDS"]), float(given["TEACHER_DRAIN_SECONDS"])
+    (container,) = pod["containers"]
+    probe = container["readinessProbe"]
+    assert delay > probe["periodSeconds"] * probe["failureThreshold"], "whoever goes by readiness has seen it"
+    closing = grpc_app._GRACE_SECONDS + 1 + 3 * SILENCE_SECONDS  # gRPC, uvicorn; registry, ledger, cache without Redis
+    assert pod["terminationGracePeriodSeconds"] >= delay + drain + 2 * closing
+    assert {one["httpGet"]["path"] for one in (probe, container["startupProbe"])} == {"/readyz"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+    assert teacher(overlay)["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_the_demo_trains_what_it_serves(monkeypatch):
+    pod = teacher("overlays/cpu-demo")["template"]["spec"]
+    (training,) = pod["initContainers"]
+    command, *options = training["args"]
     assert STUDENT[command][0] is TrainSettings
     settings = TrainSettings(_cli_parse_args=options)
-    assert settings.teacher_address != TrainSettings.model_fields["teacher_address"].default
-    assert settings.output.is_relative_to("/runs")
-    assert settings.resume
-    assert manifest["spec"]["backoffLimit"] > 0
-    cpus = int(container["resources"]["requests"]["cpu"]) * worker["replicas"]
-    assert settings.num_workers * settings.cpus_per_worker <= cpus
+    given = environment("overlays/cpu-demo")
+    assert given["TEACHER_WEIGHTS"] == str(settings.output / f"epoch-{settings.epochs:04d}.safetensors")
+    served = json.loads(given["TEACHER_MODEL_ARGUMENTS"])
+    assert served == {"name": settings.student, "channels": 1, "classes": 10, "size": 28} | settings.student_arguments
+    assert next(volume for volume in pod["volumes"] if volume["name"] == "models").keys() == {"name", "emptyDir"}
+    assert not of_kind(built("overlays/cpu-demo"), "PersistentVolumeClaim")
 
 
-@pytest.mark.parametrize("manifest", RAY)
-def test_every_variable_is_a_knob(manifest):
-    for pod in pods(manifest):
-        for container in pod["containers"]:
-            for one in container.get("env", []):
-                assert one["name"].removeprefix("STUDENT_").lower() in TrainSettings.model_fields
+def test_the_gpu_overlay_asks_for_one_each():
+    (container,) = teacher("overlays/gpu")["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["image"].endswith("-cuda")
+    assert environment("overlays/gpu")["TEACHER_DEVICE"] == "cuda"
+    assert "replicas" not in teacher("overlays/gpu"), "or each apply would undo what the autoscaler did"
+
+
+@pytest.mark.parametrize("with_", [[], ["monitoring"]])
+def test_with_a_certificate_all_who_ask_ask_by_it(with_, tmp_path):
+    parts = {"resources": ["base"], "components": [f"components/{name}" for name in [*with_, "tls"]]}
+    paths = {key: [os.path.relpath(FOLDER / one, tmp_path) for one in value] for key, value in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(paths))
+    manifests = built(tmp_path)
+    (deployment,) = of_kind(manifests, "Deployment", "teacher")
+    assert invalid(deployment, KUBERNETES[0]) == invalid(deployment, KUBERNETES[1]) == []
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    given = {one["name"]: one.get("value") for one in container["env"]}
+    assert "TEACHER_ADVERTISE_ADDRESS" not in given, "no certificate names the addresses of pods"
+    assert "TEACHER_LEDGER_REDIS_URL" in given
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    for name, key in (("TEACHER_TLS_CERTIFICATE_FILE", "tls.crt"), ("TEACHER_TLS_KEY_FILE", "tls.key")):
+        assert name.removeprefix("TEACHER_").lower() in ServeSettings.model_fields
+        folder, _, file = given[name].rpartition("/")
+        assert (mounted[folder], file) == ("tls", key)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"].keys() == {"path", "port", "scheme"}
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    for monitor in of_kind(manifests, "ServiceMonitor"):
+        assert complaints(monitor, "ServiceMonitor") == []
+        assert monitor["spec"]["endpoints"][0]["scheme"] == "https"
+
+
+# ---------------------------------------------------------------- who finds whom, and may
+
+
+@overlays
+def test_selectors_find_and_ports_meet(overlay):
+    manifests = built(overlay)
+    workloads = [one["spec"] for kind in ("Deployment", "StatefulSet") for one in of_kind(manifests, kind)]
+    templates = [spec["template"] for spec in workloads]
+    assert all(selects(spec["selector"], spec["template"]["metadata"]["labels"]) for spec in workloads)
+    for service in of_kind(manifests, "Service"):
+        selector = {"matchLabels": service["spec"]["selector"]}
+        (pod,) = [one for one in templates if selects(selector, one["metadata"]["labels"])]
+        ports = {
+            port["name"]: port["containerPort"] for one in containers(pod["spec"]) for port in one.get("ports", [])
+        }
+        for port in service["spec"]["ports"]:
+            assert ports[port["targetPort"]] == port["port"], "who asks the Service and who asks a pod use one number"
+    for kind, name in (("PodDisruptionBudget", "teacher"), ("NetworkPolicy", "redis"), ("NetworkPolicy", "teacher")):
+        (one,) = of_kind(manifests, kind, name)
+        selector = one["spec"].get("selector") or one["spec"]["podSelector"]
+        assert [pod for pod in templates if selects(selector, pod["metadata"]["labels"])]
+    (headless,) = of_kind(manifests, "Service", "teacher-headless")
+    assert headless["spec"]["clusterIP"] == "None"
+    for autoscaler in of_kind(manifests, "HorizontalPodAutoscaler"):
+        assert of_kind(manifests, "Deployment", autoscaler["spec"]["scaleTargetRef"]["name"])
+
+
+@overlays
+def test_network_policies_allow_what_is_needed_and_nothing_else(overlay):
+    policies = of_kind(built(overlay), "NetworkPolicy")
+    ours = {
+        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
+        for kind in ("Deployment", "StatefulSet")
+        for one in of_kind(built(overlay), kind)
+    }
+    (job, _) = read("students/student-job.yaml")
+    names = {name: (labels, HERE) for name, labels in ours.items()} | {
+        "student": (job["spec"]["template"]["metadata"]["labels"], ELSEWHERE),
+        "prometheus": ({"app.kubernetes.io/name": "prometheus"}, ELSEWHERE),
+        "reader": ({"preceptor/reads-the-books": "true"}, HERE),
+        "anybody": ({}, HERE),
+        "dns": ({"k8s-app": "kube-dns"}, {"kubernetes.io/metadata.name": "kube-system"}),
+        "internet": ({}, {}),
+    }
+    into = {
+        (name, target, port)
+        for target, labels in ours.items()
+        for name, other in names.items()
+        for port in (8000, 8001, 6379, 22)
+        if allowed(policies, "Ingress", labels, other, port)
+    }
+    out = {
+        (source, name, port)
+        for source, labels in ours.items()
+        for name, other in names.items()
+        for port in (8000, 8001, 6379, 53, 443)
+        if allowed(policies, "Egress", labels, other, port)
+    }
+    stores = {("teacher", "redis-ledger", 6379), ("teacher", "redis-cache", 6379)}
+    assert into == stores | {("student", "teacher", 8001), ("prometheus", "teacher", 8000), ("reader", "teacher", 8000)}
+    assert out == stores | {("teacher", "dns", 53)}
+
+
+# ---------------------------------------------------------------- seen
+
+
+def test_what_is_generated_is_not_stale():
+    made = runpy.run_path(str(FOLDER / "generate.py"))
+    for file, text in ((made["RULES"], made["rules"]()), (made["BOARDS"], made["boards"]())):
+        assert file.read_text() == text, f"{file.name}: python deploy/kubernetes/generate.py"
+
+
+def test_rules_alerts_and_boards_are_those_of_the_other_folders():
+    manifests = built("overlays/gpu")
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    groups = [
+        group
+        for name in ("rules.yml", "alerts.yml")
+        for group in yaml.safe_load((ROOT / "deploy/prometheus" / name).read_text())["groups"]
+    ]
+    assert rule["spec"]["groups"] == groups
+    boards = {
+        file: text
+        for one in of_kind(manifests, "ConfigMap")
+        if one["metadata"].get("labels", {}).get("grafana_dashboard") == "1"
+        for file, text in one["data"].items()
+    }
+    assert boards == {path.name: path.read_text() for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    assert all(len(text.encode()) < 250_000 for text in boards.values()), "kubectl keeps a copy in an annotation"
+
+
+def test_the_monitor_scrapes_as_the_alerts_expect():
+    manifests = built("overlays/gpu")
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (service,) = [
+        one
+        for one in of_kind(manifests, "Service")
+        if selects(monitor["spec"]["selector"], one["metadata"].get("labels", {}))
+    ]
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert endpoint["honorLabels"] is True
+    (relabelling,) = endpoint["relabelings"]
+    alerts = (ROOT / "deploy/prometheus/alerts.yml").read_text()
+    assert relabelling["targetLabel"] == "job"
+    assert f'up{{job="{relabelling["replacement"]}"}}' in alerts

@@ -1,6 +1,7 @@
 """What the README shows is run: its Python as it stands, its JSON and its command lines as far as they go.
 
-So are the command lines of docs/ray.md: ours, those that Ray is to run, and Ray's own as far as their options.
+So are the command lines of docs/ray.md (ours, those that Ray is to run, and Ray's own as far as their options) and of
+docs/kubernetes.md (ours, and kubectl's as far as the files that they name).
 """
 
 import re
@@ -22,6 +23,7 @@ from tests.test_system import small_student
 
 README = (ROOT / "README.md").read_text()
 ON_RAY = (ROOT / "docs/ray.md").read_text()
+ON_KUBERNETES = (ROOT / "docs/kubernetes.md").read_text()
 
 
 def blocks(language, text=README):
@@ -35,12 +37,13 @@ def commands(text, *programs):
     return [line.removeprefix("$ ") for line in lines if line.startswith(tuple(f"$ {name} " for name in programs))]
 
 
-OURS = [*commands(README, "teacher-server", "student-worker"), *commands(ON_RAY, "teacher-server", "student-worker")]
+OURS = [line for text in (README, ON_RAY, ON_KUBERNETES) for line in commands(text, "teacher-server", "student-worker")]
 OURS += [
     line.partition(" -- python -m ")[2].replace("_", "-", 1)
     for line in commands(README + ON_RAY, "ray job submit")
     if " -- python -m " in line
 ]
+OURS += [line.partition(" -- ")[2] for line in commands(ON_KUBERNETES, "kubectl") if " exec " in line]
 
 
 def test_the_five_lines_run_as_they_stand(server):
@@ -96,13 +99,16 @@ def test_rays_own_options_are_rays():
 
 
 def test_what_kubectl_is_given_is_there():
-    lines = commands(ON_RAY, "kubectl")
-    files = [word for line in lines for word in line.split() if word.endswith(".yaml")]
-    assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("deploy/kubernetes/*.yaml"))
+    lines = commands(ON_RAY + ON_KUBERNETES, "kubectl", "helm")
+    given = {word for line in lines for word in line.split() if word.startswith("deploy/")}
+    assert all((ROOT / path).exists() for path in given)
+    alone = {str(path.relative_to(ROOT)) for path in ROOT.glob("deploy/kubernetes/*.yaml")}
+    alone |= {f"deploy/kubernetes/students/{name}.yaml" for name in ("cluster", "train-job")}
+    assert {path for path in given if path.endswith(".yaml")} == alone, "kustomize takes the others"
 
 
 def test_every_file_it_names_is_there():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", ON_RAY):
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", ON_RAY + ON_KUBERNETES):
         assert (ROOT / "docs" / path).exists(), path

@@ -171,7 +171,8 @@ def test_a_draining_server_is_not_ready_and_keeps_its_word(tmp_path):
 
 
 def test_a_lost_device_ends_the_process_with_1_and_its_callers_with_unavailable(tmp_path):
-    with process(**arguments(tmp_path, "doomed")) as (server, address, _), stub_at(address) as stub:
+    settings = arguments(tmp_path, "doomed") | {"shutdown_delay_seconds": 60}  # for which nobody has a use then
+    with process(**settings) as (server, address, _), stub_at(address) as stub:
         stub.Label(asking(pixels(12)))
         code, details, reason, _ = refusal(stub.Label, asking(pixels(13)))
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DEVICE_LOST")
