@@ -245,6 +245,28 @@ def test_nobody_there(tmp_path):
     asyncio.run(main())
 
 
+def test_a_redis_that_cannot_write_to_its_disk(tmp_path):
+    """It refuses PING too. Here its snapshot cannot be put in place, which is an error for root as well."""
+
+    async def main():
+        with running(tmp_path, "--save", "3600 1") as redis:
+            (tmp_path / "dump.rdb").mkdir()
+            async with Store(redis.url, "ledger") as store:
+                await store.command("BGSAVE")
+
+                async def refuses():
+                    with pytest.raises(OSError, match=r"MISCONF.*; it cannot write to its disk: make room there"):
+                        async with Store(redis.url, "ledger"):
+                            return False
+                    return True
+
+                while (await store.info())["rdb_last_bgsave_status"] == "ok":
+                    await asyncio.sleep(0.01)
+                assert await refuses()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "url",
     [
