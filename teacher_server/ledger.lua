@@ -245,8 +245,9 @@ end
 -- `base` is the last one that the replica cannot repeat: Redis may be behind it only where it was put back by hand.
 function operations.apply()
   reap()
-  local applied = get(P .. 'epochs', args.epoch)
+  local applied, gone = get(P .. 'epochs', args.epoch), nil
   if applied < args.base then
+    gone = {applied + 1, args.base}
     audit('what', 'postings lost by Redis', 'epoch', args.epoch, 'after', whole(applied), 'until', whole(args.base))
     applied = args.base
     call('HSET', P .. 'epochs', args.epoch, whole(applied))
@@ -282,7 +283,7 @@ function operations.apply()
     for _, b in ipairs(budgets_of(who[1], who[2], who[3], 0)) do states[#states + 1] = described(b) end
   end
   return {applied = applied, forwarded = get(P .. 'epochs', args.epoch .. TAB .. 'forwarded'),
-          version = tonumber(call('GET', P .. 'version') or 0), budgets = states, lost = lost}
+          version = tonumber(call('GET', P .. 'version') or 0), budgets = states, lost = lost, gone = gone}
 end
 
 -- {tenant, job, unit, period, day, limit or false, who}: sets or removes one; what was spent already counts

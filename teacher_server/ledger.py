@@ -105,17 +105,7 @@ class Ledger:
     async def __aenter__(self) -> Self:
         for left in self._left:
             await settle(self.store, left, self._config)
-        price = self._teacher.price
-        await run(
-            self.store,
-            "teacher",
-            fingerprint=self._teacher.fingerprint,
-            name=self._teacher.name,
-            flops=repr(self._teacher.flops_per_sample),
-            price=price.nanos_per_sample,
-            currency=price.currency,
-            who=self._who,
-        )
+        await self._tell_teacher()
         await self._read_owners()
         self._tasks = [asyncio.create_task(self._post_forever()), asyncio.create_task(self._forget_forever())]
         return self
@@ -264,6 +254,7 @@ class Ledger:
             if self._connected_since != self.store.connected_since:  # Redis may have lost what it had given
                 self._purses.doubt([purse.lease for purse in self._purses.leases()])
                 self._connected_since = self.store.connected_since
+                self._version = -1  # or it was put back to an older state, whose count of changes may be the same
             back = self._purses.excess(all_of_it=closing)
             while True:
                 reply = await self._apply(self._applied + 1, back)
@@ -273,6 +264,8 @@ class Ledger:
                     break
             self._purses.learn(reply["budgets"])
         if reply["version"] != self._version:
+            if not await self.store.command("EXISTS", f"{LEDGER_PREFIX}teacher:{self._teacher.fingerprint}"):
+                await self._tell_teacher()
             await self._read_owners()
 
     # ------------------------------------------------------------ inside
@@ -312,6 +305,8 @@ class Ledger:
         except BaseException:
             self._purses.doubt(lease for lease, _ in back)
             raise
+        if gone := reply.get("gone"):
+            _log.error("postings %d to %d are lost: the ledger was put back to an older state", *gone)
         for purse in purses:
             purse.renewed = sent
         self._purses.doubt(reply["lost"])
@@ -319,8 +314,8 @@ class Ledger:
 
     def _note(self, applied: int, forwarded: int) -> None:
         """Redis has applied so many postings of this epoch, with so many samples forwarded."""
-        if applied < self._applied:
-            _log.warning("Redis has lost postings %d to %d; they are repeated", applied + 1, self._applied)
+        if (known := max(applied, self._forgotten)) < self._applied:
+            _log.warning("Redis has lost postings %d to %d; they are repeated", known + 1, self._applied)
         for number in range(self._applied + 1, applied + 1):
             if (kept := self._kept.get(number)) is not None:
                 self._unsettled -= kept.samples  # what reaches zero goes
@@ -329,6 +324,20 @@ class Ledger:
                     for request_id in line["finished"]:
                         self._finished.pop((Caller(line["tenant"], line["job"]), request_id), None)
         self._applied, self._taken = applied, forwarded
+
+    async def _tell_teacher(self) -> None:
+        """What a sample costs and takes, without which lines have no FLOPs."""
+        price = self._teacher.price
+        await run(
+            self.store,
+            "teacher",
+            fingerprint=self._teacher.fingerprint,
+            name=self._teacher.name,
+            flops=repr(self._teacher.flops_per_sample),
+            price=price.nanos_per_sample,
+            currency=price.currency,
+            who=self._who,
+        )
 
     async def _read_owners(self) -> None:
         reply = await run(self.store, "owners")

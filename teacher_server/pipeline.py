@@ -84,6 +84,8 @@ class Pipeline:
             fix = f"start a Redis there, or give another --{self.what}-redis-url"
             if isinstance(error.__cause__ or error, AuthenticationError):  # redis-py wraps it on a unix socket
                 fix = f"give user and password with the URL, in the environment's TEACHER_{self.what.upper()}_REDIS_URL"
+            elif str(error).startswith("MISCONF"):  # it refuses even PING
+                fix = "it cannot write to its disk: make room there, and it takes writes again by itself"
             raise OSError(f"{self.what}: no answer from {self.where} ({_say(error)}); {fix}") from None
         self._runner = asyncio.create_task(self._run(), name=f"store {self.what}")
         return self

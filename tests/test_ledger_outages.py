@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -15,9 +15,10 @@ from teacher_server.embedded import embedded
 from teacher_server.errors import BudgetSpent, LedgerUnavailable
 from teacher_server.journal import Journal, LeftBehind, left_behind
 from teacher_server.postings import Entry, Waste, booked
-from teacher_server.store import Store, StoreUnavailable
+from teacher_server.store import LEDGER_PREFIX, Store, StoreUnavailable
 from tests.ledgers import (
     CALLER,
+    TEACHER,
     books,
     compute,
     crash,
@@ -173,7 +174,7 @@ def test_postings_that_redis_lost_are_repeated_before_one_that_is_due(tmp_path):
     asyncio.run(main())
 
 
-def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path):
+def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path, caplog):
     async def main():
         async with ledger_store(tmp_path) as store, replica(store, tmp_path) as ledger:
             await crash(ledger)
@@ -187,6 +188,47 @@ def test_a_loss_that_cannot_be_made_up_for_is_in_the_audit_once(tmp_path):
             await ledger.post()
             assert [change.what for change in await budgets.audit(store)] == ["postings lost by Redis"]
             assert await books(store) == {FREE: 5}
+
+    asyncio.run(main())
+    assert caplog.text.count("postings 1 to 1 are lost: the ledger was put back to an older state") == 1
+
+
+def test_of_a_redis_that_was_put_back_everything_is_learnt_anew(tmp_path):
+    """It has budgets that were gone, after as many changes as the replica knows of, and no teacher."""
+
+    async def main():
+        directory = tmp_path / "valkey"
+        async with embedded(directory, "ledger", persistent=True, max_bytes=None) as url, Store(url, "ledger") as store:
+            job = (store, *CALLER, "samples", "total")
+            for limit in (50, 100):
+                await budgets.set_budget(*job, limit=limit, who="test")
+            pid = await pid_of(store)
+            with stopped(pid):
+                shutil.copytree(directory / "appendonlydir", tmp_path / "earlier")
+            await eventually(lambda: flushed(store))
+            for limit in (50, None):
+                await budgets.set_budget(*job, limit=limit, who="test")
+            async with replica(store, tmp_path) as ledger:
+                await compute(ledger, 200)
+                os.kill(pid, signal.SIGSTOP)
+                shutil.rmtree(directory / "appendonlydir")
+                shutil.move(tmp_path / "earlier", directory / "appendonlydir")
+                os.kill(pid, signal.SIGKILL)
+                await eventually(lambda: bounded(ledger))
+                teacher = await store.command("HGET", f"{LEDGER_PREFIX}teacher:{TEACHER.fingerprint}", "flops")
+                assert float(teacher) == TEACHER.flops_per_sample
+
+    async def flushed(store):
+        return await store.command("FLUSHALL")
+
+    async def bounded(ledger):
+        with suppress(LedgerUnavailable):
+            await ledger.post()
+            try:
+                (await ledger.hold(CALLER, 101)).release(101)
+            except BudgetSpent:
+                return True
+        return False
 
     asyncio.run(main())
 

@@ -8,6 +8,7 @@ import time
 from contextlib import AsyncExitStack
 
 import pytest
+from redis import Redis
 from redis.exceptions import ResponseError
 
 from teacher_server.store import (
@@ -15,7 +16,7 @@ from teacher_server.store import (
     StoreUnavailable,
 )
 from tests.redis_servers import AOF, DEBIAN, eventually, needs_debian, running
-from tests.serving import free_port
+from tests.serving import free_port, until
 
 SECRET = "s3cret:/word"  # noqa: S105
 
@@ -243,6 +244,22 @@ def test_nobody_there(tmp_path):
                 pass
 
     asyncio.run(main())
+
+
+def test_a_redis_that_cannot_write_to_its_disk(tmp_path):
+    """It refuses PING too. Here its snapshot cannot be put in place, which is an error for root as well."""
+
+    async def open_it(url):
+        async with Store(url, "ledger"):
+            pass
+
+    with running(tmp_path, "--save", "3600 1") as redis:
+        (tmp_path / "dump.rdb").mkdir()
+        with Redis.from_url(redis.url) as client:
+            client.bgsave()
+            until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        with pytest.raises(OSError, match=r"MISCONF.*; it cannot write to its disk: make room there"):
+            asyncio.run(open_it(redis.url))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What the README shows is run: its Python as it stands, its JSON and its command lines as far as they go.
 
-So are the command lines of docs/ray.md (ours, those that Ray is to run, and Ray's own as far as their options) and of
-docs/kubernetes.md (ours, and kubectl's as far as the files that they name).
+So are the command lines of docs/ray.md (ours, those that Ray is to run, and Ray's own as far as their options), of
+docs/kubernetes.md (ours, and kubectl's as far as the files that they name) and of docs/operations.md, of which
+tests/test_operations.py runs some.
 """
 
 import re
@@ -24,6 +25,7 @@ from tests.test_system import small_student
 README = (ROOT / "README.md").read_text()
 ON_RAY = (ROOT / "docs/ray.md").read_text()
 ON_KUBERNETES = (ROOT / "docs/kubernetes.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 
 
 def blocks(language, text=README):
@@ -37,7 +39,11 @@ def commands(text, *programs):
     return [line.removeprefix("$ ") for line in lines if line.startswith(tuple(f"$ {name} " for name in programs))]
 
 
-OURS = [line for text in (README, ON_RAY, ON_KUBERNETES) for line in commands(text, "teacher-server", "student-worker")]
+OURS = [
+    line
+    for text in (README, ON_RAY, ON_KUBERNETES, OPERATIONS)
+    for line in commands(text, "teacher-server", "student-worker")
+]
 OURS += [
     line.partition(" -- python -m ")[2].replace("_", "-", 1)
     for line in commands(README + ON_RAY, "ray job submit")
@@ -110,5 +116,6 @@ def test_what_kubectl_is_given_is_there():
 def test_every_file_it_names_is_there():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", ON_RAY + ON_KUBERNETES):
-        assert (ROOT / "docs" / path).exists(), path
+    for document in (ROOT / "docs").glob("*.md"):
+        for path in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", document.read_text()):
+            assert (ROOT / "docs" / path).exists(), f"{document.name}: {path}"
