@@ -1,10 +1,14 @@
 # install: the environment    demo: see it work    test: prove it    check: the same word by another name
+# up: the whole cluster, by Docker Compose    down: its end; volumes stay    cluster-test: it proved, on a Docker engine
 # format: let ruff rewrite    protos: the stubs, after teacher.proto changed
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test check format protos
+.PHONY: install demo test check up down cluster-test format protos
+
+# Docker's own Compose where it is there, else the one of the environment.
+COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo $(BIN)/docker-compose)
 
 install: $(VENV)/.installed
 
@@ -20,6 +24,22 @@ demo: install
 # Format, lint, types, import contracts and stale stubs are tests too (tests/test_project.py), so there is one command.
 test check: install
 	$(BIN)/python -m pytest
+
+up: .env
+	@docker compose version >/dev/null 2>&1 || $(MAKE) install
+	$(COMPOSE) up --detach --build --wait
+	@$(COMPOSE) ps --format 'table {{.Service}}\t{{.Status}}\t{{.Ports}}'
+	@echo "8000: where the compute went. 8001: for students. 8265: Ray. 9090: Prometheus. 3000: Grafana. See docs/cluster.md"
+
+down: .env
+	$(COMPOSE) --profile '*' down
+
+# The password of both Redis, drawn once.
+.env:
+	@umask 077 && printf 'REDIS_PASSWORD=%s\n' "$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" >$@
+
+cluster-test: install
+	$(BIN)/python -m pytest -s tests/cluster
 
 format: install
 	$(BIN)/ruff format .

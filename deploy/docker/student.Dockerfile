@@ -32,6 +32,7 @@ project = tomllib.load(open(\"/build/pyproject.toml\", \"rb\"))[\"project\"]; \
 extras = [line for extra in sys.argv[1].split(\",\") for line in project[\"optional-dependencies\"][extra]]; \
 print(*project[\"dependencies\"], *extras, sep=\"\\n\")" "${EXTRAS}" > /build/requirements.txt \
     && python3 -m pip install --prefix /opt/dependencies -c /build/constraints.txt -r /build/requirements.txt \
+    && rm -rf /opt/dependencies/lib/python3.11/site-packages/ray/jars /opt/dependencies/lib/python3.11/site-packages/pyarrow/include \
     && find /opt/dependencies/lib -type d -name tests -prune -exec rm -rf {} +
 
 FROM torch AS package
