@@ -71,7 +71,7 @@ def _make_python() -> None:
 
 @contextmanager
 def wheels() -> Iterator[dict[str, str]]:
-    """Build arguments by which pip finds torch: the wheel that pip finds on this machine, served while they are used."""
+    """Build arguments by which pip finds torch: the wheel that this machine's pip finds, served while they are used."""
     torch = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert torch
     with tempfile.TemporaryDirectory(prefix="preceptor-wheels-") as folder:

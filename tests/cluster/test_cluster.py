@@ -1,7 +1,7 @@
 """docker-compose.yml run for real: images, health, a UNIX job counted to the sample, kills, restarts, Prometheus.
 
-`make cluster-test` runs it, `make test` does not: it needs a Docker engine, and takes minutes. The tests are steps of one
-story, in this order, on one stack.
+`make cluster-test` runs it, `make test` does not: it needs a Docker engine, and takes minutes. The tests are steps of
+one story, in this order, on one stack.
 """
 
 import os
@@ -73,11 +73,11 @@ def test_all_are_confined(stack):
         assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False), service
         assert host["SecurityOpt"] == ["no-new-privileges:true"], service
         assert host["PidsLimit"] or service in ONE_SHOTS, service
-        published = [to["HostIp"] for to in sum((p or [] for p in seen["NetworkSettings"]["Ports"].values()), [])]
-        assert set(published) <= {"127.0.0.1"}, service
+        published = [to for ports in seen["NetworkSettings"]["Ports"].values() for to in ports or []]
+        assert {to["HostIp"] for to in published} <= {"127.0.0.1"}, service
     for service in ("teacher", "ray-worker"):
         status = stack.executed(service, "cat", "/proc/self/status")
-        assert re.findall(r"^(?:CapEff|CapPrm|CapBnd):\s+0+$|^NoNewPrivs:\s+1$", status, re.MULTILINE) != []
+        assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
         assert len(re.findall(r"^(?:CapEff|CapPrm|CapBnd):\s+0+$", status, re.MULTILINE)) == 3
         assert re.search(r"^Uid:\s+10001\s+10001", status, re.MULTILINE)
     for image in OURS:
@@ -115,9 +115,7 @@ def test_tokens_are_for_those_who_need_them(stack):
 
 def test_the_demo_is_counted_to_the_sample(stack, admin):
     run = stack.launch("demo")
-    stack.note(
-        f"demo: accuracy {run['accuracy']:.2%}, {run['asked']} asked, {run['computed']} computed, {run['seconds']:.0f} s"
-    )
+    stack.note(f"demo: accuracy {run['accuracy']:.2%}, {run['asked']} samples asked, {run['seconds']:.0f} s")
     assert run["asked"] == run["computed"] == 36_000  # UNIX asks about fresh mixtures: nothing was cached
     assert run["accuracy"] > 0.95
     assert charged(stack, admin, "demo") == run["computed"]
