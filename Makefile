@@ -7,8 +7,10 @@ BIN = $(VENV)/bin
 
 .PHONY: install demo test check up down cluster-test format protos
 
-# Docker's own Compose where it is there, else the one of the environment.
-COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo $(BIN)/docker-compose)
+# Docker's own Compose where it is there, else the environment's: the program itself, for $(BIN)/docker-compose always
+# ends with status 0.
+COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || \
+    echo $(VENV)/lib/python*/site-packages/compose/docker-compose)
 
 install: $(VENV)/.installed
 

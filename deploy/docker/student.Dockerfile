@@ -24,16 +24,22 @@ RUN python3 -m venv --without-pip /opt/torch \
     && rm -rf torch/test torch/include \
     && find . -type d -name tests -prune -exec rm -rf {} +
 
-FROM torch AS dependencies
+# By itself, so that a change of pyproject.toml that asks for nothing else installs nothing anew.
+FROM ${PYTHON_IMAGE} AS requirements
 ARG EXTRAS=student,ray,bench
 COPY pyproject.toml /build/
 RUN python3 -c "import sys, tomllib; \
-project = tomllib.load(open(\"/build/pyproject.toml\", \"rb\"))[\"project\"]; \
-extras = [line for extra in sys.argv[1].split(\",\") for line in project[\"optional-dependencies\"][extra]]; \
-print(*project[\"dependencies\"], *extras, sep=\"\\n\")" "${EXTRAS}" > /build/requirements.txt \
-    && python3 -m pip install --prefix /opt/dependencies -c /build/constraints.txt -r /build/requirements.txt \
-    && rm -rf /opt/dependencies/lib/python3.11/site-packages/ray/jars /opt/dependencies/lib/python3.11/site-packages/pyarrow/include \
-    && find /opt/dependencies/lib -type d -name tests -prune -exec rm -rf {} +
+project = tomllib.load(open('/build/pyproject.toml', 'rb'))['project']; \
+extras = [line for extra in sys.argv[1].split(',') for line in project['optional-dependencies'][extra]]; \
+print(*project['dependencies'], *extras, sep='\n')" "${EXTRAS}" > /build/requirements.txt
+
+FROM torch AS dependencies
+COPY --from=requirements /build/requirements.txt /build/
+# Removed: Java's part of Ray, headers, tests.
+RUN python3 -m pip install --prefix /opt/dependencies -c /build/constraints.txt -r /build/requirements.txt \
+    && cd /opt/dependencies/lib/python3.11/site-packages \
+    && rm -rf ray/jars pyarrow/include \
+    && find . -type d -name tests -prune -exec rm -rf {} +
 
 FROM torch AS package
 COPY . /build/

@@ -1,9 +1,9 @@
 """The Docker engine, by its own client: what the tests of the cluster ask of it."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,15 @@ def engine_version() -> str:
 def compose_command() -> list[str]:
     """As in the Makefile: Docker's own where it is there, else the one of the environment."""
     plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
-    return ["docker", "compose"] if plugin.returncode == 0 else [str(Path(sys.executable).with_name("docker-compose"))]
+    return ["docker", "compose"] if plugin.returncode == 0 else [str(compose_of_the_environment())]
+
+
+def compose_of_the_environment() -> Path:
+    """The program itself: the `docker-compose` beside Python always ends with status 0."""
+    package = importlib.util.find_spec("compose")
+    assert package
+    assert package.origin
+    return Path(package.origin).with_name("docker-compose")
 
 
 def has_image(name: str) -> bool:
