@@ -135,23 +135,26 @@ def test_the_demo_is_counted_to_the_sample(stack, admin):
 
 
 def test_a_killed_teacher_comes_back_and_the_ledger_is_whole(stack, admin):
-    before = stack.container("teacher")
+    before = stack.container("teacher")["RestartCount"]
     away = []
 
     def kill(line):
-        if ": epoch 3/12," in line:
-            pid = stack.container("teacher")["State"]["Pid"]
-            program = Path(f"/proc/{pid}/cmdline").read_bytes()
-            assert b"teacher-server" in program, "the engine is not on this machine: its processes are not ours to kill"
-            os.kill(pid, signal.SIGKILL)
-            since = time.monotonic()
-            until(lambda: stack.container("teacher")["RestartCount"] == before["RestartCount"] + 1, "restarted")
-            until(stack.ready, "ready")
-            away.append(time.monotonic() - since)
+        if not re.search(r": epoch [38]/12,", line):
+            return
+        pid = stack.container("teacher")["State"]["Pid"]
+        program = Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert b"teacher-server" in program, "the engine is not on this machine: its processes are not ours to kill"
+        os.kill(pid, signal.SIGKILL)  # `docker kill` would tell the engine not to start it again
+        since = time.monotonic()
+        until(
+            lambda: stack.container("teacher")["RestartCount"] == before + len(away) + 1, "the engine starts it again"
+        )
+        until(stack.ready, "the teacher is ready")
+        away.append(f"{time.monotonic() - since:.1f} s")
 
     run = stack.launch("killed", kill)
-    (seconds,) = away
-    stack.note(f"teacher killed at epoch 3: ready again after {seconds:.1f} s, the job finished: {run['accuracy']:.2%}")
+    assert len(away) == 2
+    stack.note(f"teacher killed twice: ready again after {' and '.join(away)}; the job finished: {run['accuracy']:.2%}")
     assert run["asked"] == run["computed"] == 36_000
     assert charged(stack, admin, "killed") == run["computed"]
     forwarded, paid, wasted, own = verified(stack)
