@@ -6,9 +6,11 @@ tests/cluster runs them for real (make cluster-test).
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ PROFILES = ["", "gpu", "demo", "*"]
 PORTS = {"teacher": [8001, 8000], "ray-head": [8265], "prometheus": [9090], "grafana": [3000]}
 DOCKERFILES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 TEXT = (ROOT / "docker-compose.yml").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 FOLDER = ROOT / "deploy/prometheus"
 
 
@@ -223,6 +226,26 @@ def test_the_demo_teacher_is_that_of_the_benchmark(services):
     assert ServeSettings.model_fields.keys() >= config.keys()
     width = json.dumps({"width": config["model_arguments"]["width"]})
     assert f"--student-arguments '{width}'" in script
+
+
+def test_the_commands_of_the_docs_are_understood(services):
+    text = (ROOT / "docs/cluster.md").read_text()
+    lines = re.findall(r"^\$ (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    started = [shlex.split(line)[2:] for line in lines if line.startswith("docker compose ")]
+    assert len(started) >= 7
+    for words in started:
+        named = [word for word in words if word.partition("=")[0] in services]
+        if words[0] in {"run", "exec"}:
+            assert named, words
+        for option, value in pairwise(words):
+            if option == "--profile":
+                assert value in PROFILES
+            if option == "--env":
+                assert value.partition("=")[0].removeprefix("STUDENT_").lower() in LaunchSettings.model_fields
+    makes = {line.split()[1] for line in lines if line.startswith("make ")}
+    assert makes == {"up", "down", "cluster-test"} <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+    (launch,) = (line.partition("student-worker launch ")[2] for line in lines if "student-worker" in line)
+    LaunchSettings(_cli_parse_args=shlex.split(launch))
 
 
 # ---------------------------------------------------------------- images
