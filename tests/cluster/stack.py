@@ -67,6 +67,9 @@ class Stack:
     def container(self, service: str) -> Any:
         return inspect(self.compose("ps", "--all", "--quiet", service).strip())
 
+    def logs(self) -> str:
+        return self.compose("logs", "--no-color", "--tail", "30")
+
     def executed(self, service: str, *command: str) -> str:
         return self.compose("exec", "-T", service, *command)
 
@@ -155,7 +158,7 @@ def running() -> Iterator[Stack]:
             stack.note("up, everything healthy")
             yield stack
         except BaseException:
-            print(stack.compose("logs", "--no-color", "--tail", "30"))
+            print(stack.logs())
             raise
         finally:
             stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans")

@@ -21,10 +21,12 @@ USERS = {"prometheus": "65534:65534", "grafana": "472:0", "redis-cache": "999:99
 
 
 @pytest.fixture(scope="module")
-def stack():
+def stack(request):
     try:
         with running() as stack:
             yield stack
+            if request.session.testsfailed:
+                print(stack.logs())
     except NoEngine as error:
         pytest.exit(str(error), returncode=1)
 
