@@ -3,7 +3,7 @@
 #   docker build --file deploy/docker/student.Dockerfile --tag preceptor-student .
 #
 # The stages, and the build arguments, are those of teacher.Dockerfile, which says more. EXTRAS=student,ray leaves out
-# the data sets that travel in packages, and what comparisons and sweeps need: an eighth of the image.
+# the data sets that travel in packages, and what comparisons and sweeps need: 0.2 GB.
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS torch
