@@ -32,14 +32,24 @@ from tests.manifests import (
 from tests.serving import ROOT
 
 OVERLAYS = ["base", *sorted(f"overlays/{folder.name}" for folder in (FOLDER / "overlays").iterdir())]
+BESIDE = {"overlays/gpu-second": "overlays/gpu"}
+"""What only has a place beside another, and which that is."""
 pytestmark = pytest.mark.skipif(kustomize() is None, reason="needs kustomize (Debian has it since 13) or kubectl")
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
 MODELS = read("models-pod.yaml")
 ELSEWHERE = {"kubernetes.io/metadata.name": "elsewhere"}
 
 
+def all_with(overlay):
+    return built(overlay) + (built(BESIDE[overlay]) if overlay in BESIDE else [])
+
+
+def workloads(overlay):
+    return [one for kind in ("Deployment", "StatefulSet") for one in of_kind(all_with(overlay), kind)]
+
+
 def teacher(overlay):
-    (deployment,) = of_kind(built(overlay), "Deployment", "teacher")
+    (deployment,) = (one for one in of_kind(built(overlay), "Deployment") if one["metadata"]["name"] != "redis-cache")
     return deployment["spec"]
 
 
@@ -59,9 +69,9 @@ def environment(overlay):
 
 @overlays
 def test_what_is_built_is_whole(overlay):
-    manifests = built(overlay)
-    assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= {one["kind"] for one in manifests}
-    for manifest in [*manifests, *MODELS]:
+    kinds = {one["kind"] for one in all_with(overlay)}
+    assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= kinds
+    for manifest in [*built(overlay), *MODELS]:
         if manifest["apiVersion"] == "monitoring.coreos.com/v1":
             assert complaints(manifest, manifest["kind"]) == []
         else:
@@ -90,7 +100,7 @@ def test_what_is_wrong_in_one_is_found(kind, spoil, words):
 def test_pods_may_do_nothing_special(overlay):
     """The Pod Security Standard "restricted", a root that cannot be written, and no token of Kubernetes."""
     found = [(pod, manifest) for manifest in [*built(overlay), *MODELS] for pod in pods(manifest)]
-    assert len(found) == 4
+    assert len(found) == (2 if overlay in BESIDE else 4)
     for pod, manifest in found:
         claimed = [claim["metadata"] for claim in manifest["spec"].get("volumeClaimTemplates", [])]
         volumes = {volume["name"] for volume in pod["volumes"] + claimed}
@@ -114,6 +124,14 @@ def test_pods_may_do_nothing_special(overlay):
             assert not container["image"].endswith(("latest", "redis")), "a version is pinned"
     for namespace in of_kind(built(overlay), "Namespace"):
         assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_images_are_those_that_the_page_has_built():
+    tags = re.findall(r"^\$ docker build .*-t (\S+)", (ROOT / "docs/kubernetes.md").read_text(), re.MULTILINE)
+    given = [manifest for overlay in OVERLAYS for manifest in built(overlay)]
+    given += MODELS + [manifest for path in (FOLDER / "students").glob("*.yaml") for manifest in read(path)]
+    used = {container["image"] for pod in pods(given) for container in containers(pod)} - {"redis:7.2.5"}
+    assert {image.removesuffix("-cuda") for image in used} == set(tags)
 
 
 def test_no_file_holds_a_secret():
@@ -187,7 +205,7 @@ def test_the_demo_trains_what_it_serves(monkeypatch):
 def test_the_gpu_overlay_asks_for_one_each():
     (container,) = teacher("overlays/gpu")["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert container["image"].endswith("-cuda")
+    assert container["image"] == "registry.example/preceptor-teacher:0.1.0-cuda"
     assert environment("overlays/gpu")["TEACHER_DEVICE"] == "cuda"
     assert "replicas" not in teacher("overlays/gpu"), "or each apply would undo what the autoscaler did"
 
@@ -221,37 +239,64 @@ def test_with_a_certificate_all_who_ask_ask_by_it(with_, tmp_path):
 
 
 @overlays
-def test_selectors_find_and_ports_meet(overlay):
-    manifests = built(overlay)
-    workloads = [one["spec"] for kind in ("Deployment", "StatefulSet") for one in of_kind(manifests, kind)]
-    templates = [spec["template"] for spec in workloads]
-    assert all(selects(spec["selector"], spec["template"]["metadata"]["labels"]) for spec in workloads)
+def test_selectors_find_one_workload_each_and_ports_meet(overlay):
+    manifests = all_with(overlay)
+    templates = {one["metadata"]["name"]: one["spec"]["template"] for one in workloads(overlay)}
+
+    def found(selector):
+        return [name for name, pod in templates.items() if selects(selector, pod["metadata"]["labels"])]
+
+    for workload in workloads(overlay):
+        name = workload["metadata"]["name"]
+        assert found(workload["spec"]["selector"]) == [name]
+        for spread in templates[name]["spec"].get("topologySpreadConstraints", []):
+            assert found(spread["labelSelector"]) == [name]
     for service in of_kind(manifests, "Service"):
-        selector = {"matchLabels": service["spec"]["selector"]}
-        (pod,) = [one for one in templates if selects(selector, one["metadata"]["labels"])]
+        (name,) = found({"matchLabels": service["spec"]["selector"]})
         ports = {
-            port["name"]: port["containerPort"] for one in containers(pod["spec"]) for port in one.get("ports", [])
+            port["name"]: port["containerPort"]
+            for one in containers(templates[name]["spec"])
+            for port in one.get("ports", [])
         }
         for port in service["spec"]["ports"]:
             assert ports[port["targetPort"]] == port["port"], "who asks the Service and who asks a pod use one number"
-    for kind, name in (("PodDisruptionBudget", "teacher"), ("NetworkPolicy", "redis"), ("NetworkPolicy", "teacher")):
-        (one,) = of_kind(manifests, kind, name)
-        selector = one["spec"].get("selector") or one["spec"]["podSelector"]
-        assert [pod for pod in templates if selects(selector, pod["metadata"]["labels"])]
-    (headless,) = of_kind(manifests, "Service", "teacher-headless")
-    assert headless["spec"]["clusterIP"] == "None"
+        headless = "headless" in service["metadata"]["name"] or name == "redis-ledger"
+        assert (service["spec"].get("clusterIP") == "None") is headless
+    for budget in of_kind(manifests, "PodDisruptionBudget"):
+        assert found(budget["spec"]["selector"]) == [budget["metadata"]["name"]]
     for autoscaler in of_kind(manifests, "HorizontalPodAutoscaler"):
-        assert of_kind(manifests, "Deployment", autoscaler["spec"]["scaleTargetRef"]["name"])
+        assert autoscaler["spec"]["scaleTargetRef"]["name"] == autoscaler["metadata"]["name"]
+        assert autoscaler["metadata"]["name"] in templates
+
+
+@pytest.mark.parametrize(("second", "first"), BESIDE.items())
+def test_a_second_teacher_has_its_own_pods_and_shares_the_rest(second, first):
+    def names(overlay):
+        return {(one["kind"], one["metadata"]["name"]) for one in built(overlay)}
+
+    assert not names(second) & names(first), "an apply of one leaves the other as it is"
+    kinds = {"ConfigMap", "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service", "ServiceAccount"}
+    assert {kind for kind, _ in names(second)} == kinds, "kubectl delete -k takes no book, volume or rule along"
+    needed = re.findall(r"'(claimName|serviceAccountName)': '([\w-]+)'", str(teacher(second)))
+    owners = {"claimName": "PersistentVolumeClaim", "serviceAccountName": "ServiceAccount"}
+    assert {(owners[key], name) for key, name in needed} <= names(first) | names(second)
+    theirs = environment(first).items()
+    assert dict(environment(second).items() - theirs).keys() == {"TEACHER_NAME", "TEACHER_WEIGHTS"}
+    services = [one for overlay in (first, second) for one in of_kind(built(overlay), "Service")]
+    (monitor,) = of_kind(built(first), "ServiceMonitor")
+    scraped = [one for one in services if selects(monitor["spec"]["selector"], one["metadata"].get("labels", {}))]
+    assert [one["metadata"]["name"] for one in scraped] == ["teacher", "teacher-second"]
+    words = [(ROOT / "docs" / page).read_text() for page in ("kubernetes.md", "operations.md")]
+    for one in scraped:
+        assert all(re.search(rf"deployment/{one['metadata']['name']}\b(?!-)", text) for text in words)
+    assert f"dns:///{services[-2]['metadata']['name']}.preceptor.svc:8001" in words[0]
 
 
 @overlays
 def test_network_policies_allow_what_is_needed_and_nothing_else(overlay):
-    policies = of_kind(built(overlay), "NetworkPolicy")
-    ours = {
-        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
-        for kind in ("Deployment", "StatefulSet")
-        for one in of_kind(built(overlay), kind)
-    }
+    policies = of_kind(all_with(overlay), "NetworkPolicy")
+    ours = {one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"] for one in workloads(overlay)}
+    teachers = ours.keys() - {"redis-ledger", "redis-cache"}
     (job, _) = read("students/student-job.yaml")
     names = {name: (labels, HERE) for name, labels in ours.items()} | {
         "student": (job["spec"]["template"]["metadata"]["labels"], ELSEWHERE),
@@ -275,9 +320,10 @@ def test_network_policies_allow_what_is_needed_and_nothing_else(overlay):
         for port in (8000, 8001, 6379, 53, 443)
         if allowed(policies, "Egress", labels, other, port)
     }
-    stores = {("teacher", "redis-ledger", 6379), ("teacher", "redis-cache", 6379)}
-    assert into == stores | {("student", "teacher", 8001), ("prometheus", "teacher", 8000), ("reader", "teacher", 8000)}
-    assert out == stores | {("teacher", "dns", 53)}
+    stores = {(one, store, 6379) for one in teachers for store in ("redis-ledger", "redis-cache")}
+    asked = {("student", 8001), ("prometheus", 8000), ("reader", 8000)}
+    assert into == stores | {(name, one, port) for one in teachers for name, port in asked}
+    assert out == stores | {(one, "dns", 53) for one in teachers}
 
 
 # ---------------------------------------------------------------- seen

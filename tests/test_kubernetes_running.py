@@ -2,17 +2,18 @@
 
 import asyncio
 import re
+import subprocess
 import time
 
 import pytest
 import yaml
 from redis import Redis
-from redis.exceptions import AuthenticationError
+from redis.exceptions import AuthenticationError, ResponseError
 
 from teacher_server.store import Store, capacity, check_ledger
 from tests.manifests import built, kustomize, of_kind, read
 from tests.redis_servers import RedisServer, needs_debian
-from tests.serving import ROOT, free_port
+from tests.serving import ROOT, free_port, until
 from tests.test_prometheus import needs_prometheus, promtool
 
 needs_kustomize = pytest.mark.skipif(kustomize() is None, reason="needs kustomize (Debian has it since 13) or kubectl")
@@ -41,7 +42,14 @@ def test_a_store_starts_by_its_command_as_the_server_wants_it_and_ends_when_it_i
                 return await check_ledger(store)
             return await capacity(store)
 
+    def says(probe):
+        (*shell, line) = container[probe]["exec"]["command"]
+        asked = ["env", *environment, *shell, line.replace("redis-cli", f"redis-cli -p {port}")]
+        return subprocess.run(asked, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
     try:
+        assert says("readinessProbe")
+        assert says("livenessProbe")
         with Redis(port=port) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         assert asyncio.run(look()) == (None if name == "redis-ledger" else 2**30)
@@ -49,11 +57,23 @@ def test_a_store_starts_by_its_command_as_the_server_wants_it_and_ends_when_it_i
         limit = container["resources"]["limits"]["memory"]
         most = int(re.search(r"maxmemory (\d+)mb", settings.replace("1gb", "1024mb"))[1])
         assert most <= 0.75 * int(limit.removesuffix("Mi") if limit.endswith("Mi") else 1024 * int(limit[0]))
+        (tmp_path / "dump.rdb").mkdir()  # a snapshot cannot be put in its place, which is as a full disk is
+        with Redis.from_url(url) as client:
+            client.config_set("save", "3600 1")
+            client.bgsave()
+            until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+            with pytest.raises(ResponseError, match="MISCONF"):
+                client.ping()
+        assert says("livenessProbe"), "or it would be started again and again"
+        assert says("readinessProbe"), "or nobody would find what can still be read"
+        with Redis.from_url(url) as client:
+            client.config_set("save", "")  # with a snapshot to take it would not end
     finally:
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(20) == 0
         assert time.monotonic() - began < 10, "SIGTERM reaches Redis, and no shell that waits for it"
+    assert not says("livenessProbe")
 
 
 @needs_prometheus

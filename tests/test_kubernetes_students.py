@@ -71,6 +71,8 @@ def test_a_token_is_a_mounted_file_and_nothing_else(manifest):
     assert len(nodes) == 1 + len(cluster_of(manifest)["workerGroupSpecs"])
     for pod in nodes:
         (container,) = pod["containers"]
+        for probe in ("readinessProbe", "livenessProbe"):  # or KubeRay gives it some that need wget
+            assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
         environment = {one["name"]: one["value"] for one in container["env"]}
         mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -87,7 +89,11 @@ def test_a_token_is_a_mounted_file_and_nothing_else(manifest):
 def test_all_run_the_same_ray_and_the_one_that_is_tested(manifest):
     pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert cluster_of(manifest)["rayVersion"] == pinned
-    assert len({container["image"] for pod in pods(manifest) for container in pod["containers"]}) == 1
+    for pod in pods(manifest):
+        for container in pod["containers"]:
+            gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+            assert container["image"] == "registry.example/preceptor-student:0.1.0" + gpu * "-cuda"
+        assert pod["securityContext"]["runAsUser"] == 10001
 
 
 @pytest.mark.parametrize("manifest", [param for param in RAY if param.values[0]["kind"] == "RayJob"])
