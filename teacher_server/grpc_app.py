@@ -92,6 +92,7 @@ class GrpcApp:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._health.close()
         await self._server.stop(min(_GRACE_SECONDS, self._config.drain_seconds))
 
     def set_serving(self, serving: bool) -> None:

@@ -28,11 +28,20 @@ class Health:
         self._services = ("", *services)
         self._status = pb.HealthCheckResponse.NOT_SERVING
         self._changed = asyncio.Event()
+        self._closed = False
         # What is being read may be a large message; a stream costs little.
         self._reading, self._streams = Places(32, 4), Places(128, 16)
 
     def set_serving(self, serving: bool) -> None:
         self._status = pb.HealthCheckResponse.SERVING if serving else pb.HealthCheckResponse.NOT_SERVING
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the streams of those who watch, who would stay for ever."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -58,7 +67,7 @@ class Health:
             if lacking:
                 await _refuse(context)
             told = None
-            while True:
+            while not self._closed:
                 changed = self._changed
                 unknown = name not in self._services
                 status = pb.HealthCheckResponse.SERVICE_UNKNOWN if unknown else self._status
@@ -66,6 +75,7 @@ class Health:
                     yield pb.HealthCheckResponse(status=status)
                     told = status
                 await changed.wait()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this server ends; watch another one")
 
     async def _asked(self, context: _Context) -> str:
         with _place(self._reading, context) as lacking:

@@ -106,6 +106,15 @@ def test_replicas_of_a_name_that_tell_of_nobody_take_turns_and_a_new_one_is_foun
         until(lambda: {who(client) for _ in range(4)} == {2, 3})
 
 
+def test_an_address_of_a_name_where_nobody_is_is_asked_nothing(pods):
+    """As of localhost, which is ::1 too, where the server may not be."""
+    names, start, _, name = pods
+    names.addresses.append("127.0.0.9")
+    _, port = start(1, 0)
+    with TeacherClient(name(port), job="student", timeout=5) as client:
+        assert {who(client) for _ in range(100)} == {1}
+
+
 def test_one_certificate_that_has_the_name_is_enough_for_all(pods, tmp_path):
     _, start, _, name = pods
     ca = trustme.CA()
