@@ -36,7 +36,7 @@ BESIDE = {"overlays/gpu-second": "overlays/gpu"}
 """What only has a place beside another, and which that is."""
 pytestmark = pytest.mark.skipif(kustomize() is None, reason="needs kustomize (Debian has it since 13) or kubectl")
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
-MODELS = read("models-pod.yaml")
+HANDS = read("models-pod.yaml") + read("ledger-pod.yaml")
 ELSEWHERE = {"kubernetes.io/metadata.name": "elsewhere"}
 
 
@@ -71,7 +71,7 @@ def environment(overlay):
 def test_what_is_built_is_whole(overlay):
     kinds = {one["kind"] for one in all_with(overlay)}
     assert {"Deployment", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"} <= kinds
-    for manifest in [*built(overlay), *MODELS]:
+    for manifest in [*built(overlay), *HANDS]:
         if manifest["apiVersion"] == "monitoring.coreos.com/v1":
             assert complaints(manifest, manifest["kind"]) == []
         else:
@@ -99,8 +99,8 @@ def test_what_is_wrong_in_one_is_found(kind, spoil, words):
 @overlays
 def test_pods_may_do_nothing_special(overlay):
     """The Pod Security Standard "restricted", a root that cannot be written, and no token of Kubernetes."""
-    found = [(pod, manifest) for manifest in [*built(overlay), *MODELS] for pod in pods(manifest)]
-    assert len(found) == (2 if overlay in BESIDE else 4)
+    found = [(pod, manifest) for manifest in [*built(overlay), *HANDS] for pod in pods(manifest)]
+    assert len(found) == (3 if overlay in BESIDE else 5)
     for pod, manifest in found:
         claimed = [claim["metadata"] for claim in manifest["spec"].get("volumeClaimTemplates", [])]
         volumes = {volume["name"] for volume in pod["volumes"] + claimed}
@@ -129,7 +129,7 @@ def test_pods_may_do_nothing_special(overlay):
 def test_images_are_those_that_the_page_has_built():
     tags = re.findall(r"^\$ docker build .*-t (\S+)", (ROOT / "docs/kubernetes.md").read_text(), re.MULTILINE)
     given = [manifest for overlay in OVERLAYS for manifest in built(overlay)]
-    given += MODELS + [manifest for path in (FOLDER / "students").glob("*.yaml") for manifest in read(path)]
+    given += HANDS + [manifest for path in (FOLDER / "students").glob("*.yaml") for manifest in read(path)]
     used = {container["image"] for pod in pods(given) for container in containers(pod)} - {"redis:7.2.5"}
     assert {image.removesuffix("-cuda") for image in used} == set(tags)
 
@@ -262,11 +262,25 @@ def test_selectors_find_one_workload_each_and_ports_meet(overlay):
             assert ports[port["targetPort"]] == port["port"], "who asks the Service and who asks a pod use one number"
         headless = "headless" in service["metadata"]["name"] or name == "redis-ledger"
         assert (service["spec"].get("clusterIP") == "None") is headless
+        # The only ledger says by itself that it is not ready; of a teacher's pods only the ready ones are meant.
+        assert service["spec"].get("publishNotReadyAddresses", False) is (name == "redis-ledger")
     for budget in of_kind(manifests, "PodDisruptionBudget"):
         assert found(budget["spec"]["selector"]) == [budget["metadata"]["name"]]
     for autoscaler in of_kind(manifests, "HorizontalPodAutoscaler"):
         assert autoscaler["spec"]["scaleTargetRef"]["name"] == autoscaler["metadata"]["name"]
         assert autoscaler["metadata"]["name"] in templates
+
+
+def test_a_hand_on_the_books_reaches_them_and_is_no_teacher():
+    manifests, (hand,) = built("base"), of_kind(HANDS, "Pod", "ledger")
+    me = hand["metadata"]["labels"]
+    (books,) = (one["spec"]["template"]["metadata"]["labels"] for one in of_kind(manifests, "StatefulSet"))
+    policies = of_kind(manifests, "NetworkPolicy")
+    assert allowed(policies, "Egress", me, (books, HERE), 6379)
+    assert allowed(policies, "Ingress", books, (me, HERE), 6379)
+    assert not [one for one in of_kind(manifests, "Service") if selects({"matchLabels": one["spec"]["selector"]}, me)]
+    url = {"name": "TEACHER_LEDGER_REDIS_URL", "value": environment("base")["TEACHER_LEDGER_REDIS_URL"]}
+    assert hand["spec"]["containers"][0]["env"][-1] == url
 
 
 @pytest.mark.parametrize(("second", "first"), BESIDE.items())

@@ -49,7 +49,6 @@ def test_a_store_starts_by_its_command_as_the_server_wants_it_and_ends_when_it_i
 
     try:
         assert says("readinessProbe")
-        assert says("livenessProbe")
         with Redis(port=port) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         assert asyncio.run(look()) == (None if name == "redis-ledger" else 2**30)
