@@ -89,11 +89,12 @@ def test_a_token_is_a_mounted_file_and_nothing_else(manifest):
 def test_all_run_the_same_ray_and_the_one_that_is_tested(manifest):
     pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert cluster_of(manifest)["rayVersion"] == pinned
+    (user,) = re.findall(r"^USER (\d+:\d+)$", (ROOT / "deploy/docker/student.Dockerfile").read_text(), re.MULTILINE)
     for pod in pods(manifest):
         for container in pod["containers"]:
             gpu = "nvidia.com/gpu" in container["resources"]["limits"]
             assert container["image"] == "registry.example/preceptor-student:0.1.0" + gpu * "-cuda"
-        assert pod["securityContext"]["runAsUser"] == 10001
+        assert "{runAsUser}:{runAsGroup}".format(**pod["securityContext"]) == user
 
 
 @pytest.mark.parametrize("manifest", [param for param in RAY if param.values[0]["kind"] == "RayJob"])
