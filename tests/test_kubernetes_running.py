@@ -8,7 +8,9 @@ import time
 import pytest
 import yaml
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, ResponseError
+from redis.retry import Retry
 
 from teacher_server.store import Store, capacity, check_ledger
 from tests.manifests import built, kustomize, of_kind, read
@@ -49,7 +51,7 @@ def test_a_store_starts_by_its_command_as_the_server_wants_it_and_ends_when_it_i
 
     try:
         assert says("readinessProbe")
-        with Redis(port=port) as stranger, pytest.raises(AuthenticationError):
+        with Redis(port=port, retry=Retry(NoBackoff(), 0)) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         assert asyncio.run(look()) == (None if name == "redis-ledger" else 2**30)
         assert not caplog.records, "the server has nothing to say against it"
