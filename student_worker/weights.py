@@ -30,8 +30,9 @@ def save_checkpoint(folder: Path, epoch: int, student: nn.Module, data: Dataset,
             state[name] = tensor.detach().cpu().contiguous()
     description = json_format.MessageToJson(describe(data, record["accuracy"]), indent=None)
     path = checkpoint_path(folder, epoch)
-    write_whole(path, save(state, metadata={"preceptor": description}))
+    # The record first: where a run is interrupted in between, there are no weights without one.
     write_whole(path.with_suffix(".json"), json.dumps(record, indent=2, default=str).encode() + b"\n")
+    write_whole(path, save(state, metadata={"preceptor": description}))
     return path
 
 
@@ -55,8 +56,12 @@ def describe(data: Dataset, top1: float) -> pb.TeacherDescription:
 def write_whole(path: Path, content: bytes) -> None:
     """Whoever reads `path`, at any time and whatever is killed, finds the old content or the new; never a part."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:  # the disk is full, or Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
