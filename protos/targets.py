@@ -73,7 +73,8 @@ class Targets:
         for path in self._folder.iterdir():
             if ours.fullmatch(path.name):
                 with suppress(FileNotFoundError, PermissionError), path.open("r+") as file:
-                    if _locked(file):
+                    # Its owner may have replaced it meanwhile, and lives.
+                    if _locked(file) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                         path.unlink()
 
 

@@ -174,7 +174,7 @@ class Metrics(Collector):
                 self._loss.count += 1
             elif loss is not None:
                 self._loss.add(float(loss))
-            if self._since is not None:  # the first step contains whatever came before it
+            if self._since is not None:  # else nobody has said when it began
                 self._step.add(now - self._since)
             self._since = now
 
@@ -201,6 +201,8 @@ class Metrics(Collector):
             self._uncertainty["dropped"].add(counts - kept_counts, total - kept_total)
 
     def answered(self, sources: tuple[str, ...], seconds: float) -> None:
+        if self._since is None:  # the first step: it began with its wait at the latest
+            self._since = perf_counter() - seconds
         with self._lock:
             self._sources.update(sources)
             self._wait.add(seconds)

@@ -19,7 +19,7 @@ from student_worker.client import TeacherClient
 from student_worker.config import TeacherConfig, TrainSettings
 from student_worker.data import Dataset
 from student_worker.metrics import Metrics
-from student_worker.ranks import ALONE, Ranks, learnt
+from student_worker.ranks import ALONE, Ranks
 from student_worker.state import State, load_state, state_path
 from student_worker.train import OnEpoch, OnStep, Progress, train
 from student_worker.unix import Distilled
@@ -157,9 +157,9 @@ def _metrics(settings: TrainSettings, client: TeacherClient | None, resumed: Sta
 
 
 def _counted(metrics: Metrics) -> OnStep:
-    def on_step(_step: int, steps: int, loss: float, b: Distilled) -> None:
+    def on_step(_step: int, steps: int, loss: float, _b: Distilled) -> None:
         metrics.planned_steps = steps
-        metrics.step(loss if learnt(b) else None)  # a stand-in teaches nothing
+        metrics.step(loss)  # a stand-in's 0 too: the batch's loss is the mean over all ranks
 
     return on_step
 
