@@ -6,8 +6,8 @@ from tests.serving import ROOT
 
 FOLDER = ROOT / "deploy/grafana"
 BOARDS = {file.stem: json.loads(file.read_text()) for file in sorted((FOLDER / "dashboards").glob("*.json"))}
-RATE, STEP, RANGE = 5, 4, 600
-"""What stands for Grafana's intervals, in seconds: five scrapes, four, and more than it all takes."""
+RATE, STEP, RANGE = 5, 3, 600
+"""What stands for Grafana's intervals, in seconds: five scrapes, three, and more than it all takes."""
 
 
 def panels(board):

@@ -6,11 +6,17 @@ from panels import RUN, SHARE_LEFT, bars, figure, in_money, lines, override, row
 from queries import BUDGET, of, rate, share, total
 
 RUNS = "tenant, job"
+BUDGETS = "tenant, job, unit, period"
 LEFT = of("tenant_job_unit_period:preceptor_budget_left:min", BUDGET)
 LEFT_SHARE = of("tenant_job_unit_period:preceptor_budget_left_per_limit:min", BUDGET)
 FULL = f"({total('preceptor_samples_total')} + {total('preceptor_unasked_samples_total')})"
 HITS = 'source=~"cached|coalesced"'
 OF_RUN = 'tenant=~"$tenant", job=~"$job", '
+
+
+def budget(value: str) -> str:
+    """For a table, whose columns Grafana joins where all labels agree: no name, and always a job."""
+    return f'label_replace(min by ({BUDGETS}) ({value}), "job", "(all)", "job", "")'
 
 
 def saved(by: str) -> str:
@@ -136,13 +142,13 @@ def built() -> models.Dashboard:
     budgets = rows(
         "Budgets",
         {
-            "left": (LEFT, "locale"),
-            "limit": (f"min by (tenant, job, unit, period) ({of('preceptor_budget_limit', BUDGET)})", "locale"),
-            "part left": (LEFT_SHARE, "percentunit"),
-            "gone in": (f"{LEFT} / -{falling}", "s"),
+            "left": (budget(LEFT), "locale"),
+            "limit": (budget(of("preceptor_budget_limit", BUDGET)), "locale"),
+            "part left": (budget(LEFT_SHARE), "percentunit"),
+            "gone in": (budget(f"{LEFT} / -{falling}"), "s"),
         },
         "Samples, or money in the currency of the price. Gone in: what is left at the rate of the last hour, unless "
-        "the budget's day or month ends first; empty where nothing is spent. No job: the tenant's own, for all of its.",
+        "the budget's day or month ends first; empty where nothing is spent. (all): the tenant's own.",
         labels=("tenant", "job", "unit", "period"),
         order_by="gone in",
         width=12,

@@ -209,9 +209,7 @@ def rows(
     panel.cell_height(styles.TableCellHeight.SM)
     panel.sort_by([common.TableSortByFieldState().display_name(order_by).desc(True)])
     asked(panel, {heading: expr for heading, (expr, _) in columns.items()}, now=True, form="table")
-    values = (
-        [f"Value #{ref}" for ref, _ in zip("ABCDEFGHIJKL", columns, strict=False)] if len(columns) > 1 else ["Value"]
-    )
+    values = [f"Value #{ref}" for ref, _ in zip(REFS, columns, strict=False)]
     order = {name: place for place, name in enumerate((*labels, *values))}
     organised = {
         "excludeByName": dict.fromkeys(("Time", "__name__", *hidden), True),

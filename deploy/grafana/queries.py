@@ -23,13 +23,14 @@ def total(metric: str, by: str = "", labels: str = JOB) -> str:
     """What a counter gained in the board's time range, summed.
 
     `increase` extrapolates, and does not see what a counter had when it was first scraped: of a job that began in this
-    range it misses the first samples. So it serves only where a process restarted meanwhile; elsewhere it is the last
-    value less the one at the range's beginning, to the sample.
+    range it misses the first samples. So it serves only where a process restarted meanwhile, or just when the range
+    begins (it then has less than before); elsewhere it is the last value less the one at the range's beginning, to the
+    sample.
     """
     last = f"last_over_time({of(metric, labels)}[$__range])"
     gained = f"{last} - ({of(metric, labels)} offset $__range or 0 * {last})"
     steady = f"resets({of(metric, labels)}[$__range]) == 0"
-    return summed(f"({gained}) and ({steady}) or increase({of(metric, labels)}[$__range])", by)
+    return summed(f"({gained} >= 0) and ({steady}) or increase({of(metric, labels)}[$__range])", by)
 
 
 def quantile(q: float, metric: str, by: str = "", labels: str = JOB) -> str:
