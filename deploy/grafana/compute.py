@@ -150,7 +150,8 @@ def built() -> models.Dashboard:
         "Samples, or money in the currency of the price. Gone in: what is left at the rate of the last hour, unless "
         "the budget's day or month ends first; empty where nothing is spent. (all): the tenant's own.",
         labels=("tenant", "job", "unit", "period"),
-        order_by="gone in",
+        order_by="part left",
+        rising=True,
         width=12,
     )
     override(

@@ -198,6 +198,7 @@ def rows(
     *,
     labels: Sequence[str],
     order_by: str,
+    rising: bool = False,
     left_out: str = "",
     hidden: Sequence[str] = (),
     width: int = 24,
@@ -207,7 +208,7 @@ def rows(
     which a row has 0 that is not shown."""
     panel = begun(table.Panel(), title, "short", what, (width, height)).show_header(True).filterable(True)
     panel.cell_height(styles.TableCellHeight.SM)
-    panel.sort_by([common.TableSortByFieldState().display_name(order_by).desc(True)])
+    panel.sort_by([common.TableSortByFieldState().display_name(order_by).desc(not rising)])
     asked(panel, {heading: expr for heading, (expr, _) in columns.items()}, now=True, form="table")
     values = [f"Value #{ref}" for ref, _ in zip(REFS, columns, strict=False)]
     order = {name: place for place, name in enumerate((*labels, *values))}
