@@ -91,7 +91,7 @@ def seen(tmp_path_factory):
                 refused(watched)
                 time.sleep(1.1)
             with watched.student("blue", "patient") as teacher:
-                while time.time() < ended + 2 * STEP + 2 or reached(watched) < 2 / EPOCHS:
+                while time.time() < ended + 2 * STEP + 2 or reached(watched) < 4 / EPOCHS:
                     assert student.poll() is None, student.stderr.read().decode()
                     teacher.label(digits(8, seed=0))  # cached
                     time.sleep(0.5)
