@@ -326,6 +326,8 @@ def test_what_prometheus_scrapes_is_what_runs(services):
     assert set(re.findall(r'up\{job="([\w-]+)"\}', alerts)) == {"preceptor"}
     assert scrapes["preceptor"]["honor_labels"] is scrapes["preceptor-students"]["honor_labels"] is True
     assert scrapes["preceptor"]["static_configs"] == [{"targets": ["teacher:8000"]}]  # also while it does not run
+    awaited = {"tokens", "demo-teacher"}  # by the teacher; who looked for it before would raise an alarm
+    assert awaited == services["teacher"]["depends_on"].keys() & services["prometheus"]["depends_on"].keys()
     names = [name for one in scrapes.values() for dns in one.get("dns_sd_configs", []) for name in dns["names"]]
     assert set(names) == {"teacher-gpu", "ray-head", "ray-worker"} <= services.keys()
     for node in ("ray-head", "ray-worker"):
