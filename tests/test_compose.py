@@ -109,8 +109,14 @@ def test_images_have_versions(services):
         image, _, tag = service["image"].rpartition(":")
         assert image, name
         assert re.search(r"\d+\.\d+\.\d+", tag), name
-        if "build" in service:
+        if image.startswith("preceptor-"):
             assert tag.removesuffix("-cuda") == version, name
+
+
+def test_each_image_of_ours_is_built_once(services):
+    """Docker's builder exports them at the same time, and of two by the same name one fails, at the first build."""
+    built = sorted(service["image"] for service in services.values() if "build" in service)
+    assert built == sorted({service["image"] for service in services.values() if "preceptor-" in service["image"]})
 
 
 def test_all_that_stay_say_how_they_are_and_come_back(services):
@@ -207,6 +213,17 @@ def test_a_teacher_of_ones_own_takes_the_demos_place():
     assert (ROOT / "models").is_dir()  # or the engine would make it, as root's
 
 
+@pytest.mark.parametrize(("given", "lacking"), [("MODEL", "WEIGHTS"), ("WEIGHTS", "MODEL")])
+def test_half_a_teacher_is_refused(services, given, lacking):
+    (script,) = services["demo-teacher"]["command"]
+    refused = subprocess.run(
+        ["/bin/sh", "-euc", script.replace("$$", "$")],
+        capture_output=True, text=True, check=False, env={f"TEACHER_{given}": "x"},
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert f"TEACHER_{lacking}: is to be set where TEACHER_{given} is" in refused.stderr
+
+
 def test_the_example_names_every_variable():
     example = (ROOT / ".env.example").read_text()
     offered = dict(re.findall(r"^#?(\w+)=(.*)$", example, re.MULTILINE))
@@ -223,6 +240,8 @@ def test_the_demo_teacher_is_that_of_the_benchmark(services):
     teacher = re.search(r"^TEACHER = (\{.*\})$", benchmark, re.MULTILINE)[1]
     config = tomllib.loads(script.replace("$$", "$").partition("<<END\n")[2].partition("\nEND")[0])
     assert config["model_arguments"] == json.loads(teacher)
+    (run,) = re.findall(r"^run=(\S+)", script.replace("$$", "$"), re.MULTILINE)
+    assert run == f"/demo/mnist5k-{config['model_arguments']['name']}-{config['model_arguments']['width']}"
     assert ServeSettings.model_fields.keys() >= config.keys()
     width = json.dumps({"width": config["model_arguments"]["width"]})
     assert f"--student-arguments '{width}'" in script
@@ -306,8 +325,11 @@ def test_what_prometheus_scrapes_is_what_runs(services):
     alerts = (FOLDER / "alerts.yml").read_text()
     assert set(re.findall(r'up\{job="([\w-]+)"\}', alerts)) == {"preceptor"}
     assert scrapes["preceptor"]["honor_labels"] is scrapes["preceptor-students"]["honor_labels"] is True
+    assert scrapes["preceptor"]["static_configs"] == [{"targets": ["teacher:8000"]}]  # also while it does not run
+    awaited = {"tokens", "demo-teacher"}  # by the teacher; who looked for it before would raise an alarm
+    assert awaited == services["teacher"]["depends_on"].keys() & services["prometheus"]["depends_on"].keys()
     names = [name for one in scrapes.values() for dns in one.get("dns_sd_configs", []) for name in dns["names"]]
-    assert set(names) == {"teacher", "teacher-gpu", "ray-head", "ray-worker"} <= services.keys()
+    assert set(names) == {"teacher-gpu", "ray-head", "ray-worker"} <= services.keys()
     for node in ("ray-head", "ray-worker"):
         (port,) = scrapes["ray"]["dns_sd_configs"]
         assert f"--metrics-export-port={port['port']}" in services[node]["entrypoint"]

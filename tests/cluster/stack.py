@@ -132,7 +132,7 @@ def _stand_ins() -> dict[str, Any]:
     built = {"build": {"network": "host"}}
     redis = {"image": stand_ins.REDIS}
     return {
-        **dict.fromkeys(("tokens", "teacher", "demo-teacher", "ray-head", "ray-worker", "demo"), built),
+        **dict.fromkeys(("teacher", "ray-head"), built),
         **dict.fromkeys(("redis-cache", "redis-ledger"), redis),
         "prometheus": {"image": stand_ins.PROMETHEUS},
         "grafana": {"profiles": ["left-out"]},
@@ -169,11 +169,11 @@ def running() -> Iterator[Stack]:
 
 def _build(stack: Stack) -> None:
     if stack.pulled:
-        stack.compose("--profile", "demo", "build", timeout=3600)
+        stack.compose("build", timeout=3600)
     else:
         with stand_ins.wheels() as arguments:
             stack.environment |= arguments
-            stack.compose("--profile", "demo", "build", timeout=3600)
+            stack.compose("build", timeout=3600)
     for image in OURS:
         sizes = [size for size, _ in layers(image)]
         stack.note(f"{image}: {sum(sizes) / 1e6:.0f} MB in layers of {', '.join(f'{s / 1e6:.1f}' for s in sizes)} MB")

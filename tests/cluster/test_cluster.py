@@ -225,3 +225,4 @@ def test_a_teacher_that_is_stopped_drains(stack):
     assert (state["Status"], state["ExitCode"], state["OOMKilled"]) == ("exited", 0, False)
     assert '"message": "drained"' in stack.compose("logs", "--no-log-prefix", "--tail", "5", "teacher")
     stack.note(f"docker stop: the teacher drained and ended with status 0 after {seconds:.1f} s")
+    until(lambda: stack.series('up{job="preceptor", instance="teacher:8000"} == 0'), "Prometheus misses it")
