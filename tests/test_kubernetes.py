@@ -36,6 +36,8 @@ BESIDE = {"overlays/gpu-second": "overlays/gpu"}
 """What only has a place beside another, and which that is."""
 pytestmark = pytest.mark.skipif(kustomize() is None, reason="needs kustomize (Debian has it since 13) or kubectl")
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
+REDIS = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["x-redis"]["image"]
+"""The same in both."""
 HANDS = read("models-pod.yaml") + read("ledger-pod.yaml")
 ELSEWHERE = {"kubernetes.io/metadata.name": "elsewhere"}
 
@@ -130,7 +132,7 @@ def test_images_are_those_that_the_page_has_built():
     tags = re.findall(r"^\$ docker build .*-t (\S+)", (ROOT / "docs/kubernetes.md").read_text(), re.MULTILINE)
     given = [manifest for overlay in OVERLAYS for manifest in built(overlay)]
     given += HANDS + [manifest for path in (FOLDER / "students").glob("*.yaml") for manifest in read(path)]
-    used = {container["image"] for pod in pods(given) for container in containers(pod)} - {"redis:7.2.5"}
+    used = {container["image"] for pod in pods(given) for container in containers(pod)} - {REDIS}
     assert {image.removesuffix("-cuda") for image in used} == set(tags)
 
 
