@@ -152,7 +152,10 @@ def test_a_killed_worker_costs_nothing(cluster, teacher, undisturbed, tmp_path):
     ((_, first), (_, second)) = resumed
     assert STEPS < int(first) == int(second) < 2 * STEPS
     assert f"after {EPOCHS * STEPS} steps, {ASKED} samples asked" in text
-    assert count(teacher, "samples_total", job=job, source="computed") == ASKED
+    # What was on its way to a worker that died is computed for it again, and charged once.
+    again = count(teacher, "samples_total", job=job, source="computed") - ASKED
+    assert 0 <= again <= 48  # a batch: of each rank a part
+    assert count(teacher, "charged_samples_total", job=job) == ASKED
     spent = json.loads(_http(teacher, "GET", "/v1/spend?tenant=team&job=killed"))
     assert sum(int(line["computed"]) for line in spent["lines"] if line["job"] == job) == ASKED
     ended = weights(tmp_path / "out")

@@ -64,9 +64,9 @@ def test_the_five_lines_run_as_they_stand(server):
         "student": student,
         "optimizer": torch.optim.SGD(student.parameters(), 0.1),
     }
-    exec(code.replace("localhost:8001", server.grpc_address), names)
+    exec(code.replace("localhost:8001", server.grpc_address).replace("my-run", "five-lines"), names)
     assert not torch.equal(before, student[1].weight)
-    assert metric(server, "preceptor_asked_samples_total", job="my-run") == 3 * 48
+    assert metric(server, "preceptor_asked_samples_total", job="five-lines") == 3 * 48
     names["teacher"].close()
 
 
