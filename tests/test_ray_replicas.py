@@ -104,11 +104,12 @@ class Command:
 
 
 class Callers:
-    """Students that ask without a pause, each sample once, and keep what went wrong."""
+    """Students that ask, with a `pause` of so many seconds after each answer, for each sample once, and keep what went
+    wrong."""
 
-    def __init__(self, addresses, count):
+    def __init__(self, addresses, count, pause=0.0):
         self.failures, self.wrong, self.answered = [], 0, 0
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._stop, self._lock, self._pause = threading.Event(), threading.Lock(), pause
         self._threads = [threading.Thread(target=self._ask, args=(addresses, i)) for i in range(count)]
 
     def __enter__(self):
@@ -135,6 +136,7 @@ class Callers:
                 with self._lock:
                     self.answered += SAMPLES
                     self.wrong += not right
+                self._stop.wait(self._pause)
 
 
 def described(address):
@@ -191,7 +193,7 @@ def test_replicas_come_with_load_and_go_without_and_no_query_is_lost(place, tmp_
                 assert slot == "1", "the place of the one that died, with what it left"
                 until(lambda: told(first) == {first, third})
                 assert {*scraped(tmp_path / "targets")} == {first, third}
-        with Callers([third, first], 1) as one:  # which a single replica can bear
+        with Callers([third, first], 1, pause=0.04) as one:  # a third of what a single replica can bear
             command.saying("replica 1 drained")
             after = one.answered
             until(lambda: one.answered > after + 5 * SAMPLES)
